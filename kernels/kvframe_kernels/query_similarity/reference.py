@@ -1,0 +1,19 @@
+"""Plain torch definition of `query_similarity`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def query_similarity_reference(query: Tensor, previous: Tensor, num_kv_heads: int, per_kv_head: bool) -> Tensor:
+    """r_t of LouisKV (arXiv 2510.11292): mean over query heads of cos(previous, query).
+
+    query, previous: [B, Hq, D]. With `per_kv_head` the mean runs over each group of query heads alone.
+    Returns float32 (float64 for float64 queries) [B, H]; without `per_kv_head` all heads of a row hold the same value.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    cosine = F.cosine_similarity(query.to(dtype), previous.to(dtype), dim=-1)
+    batch_size = query.shape[0]
+    if per_kv_head:
+        return cosine.view(batch_size, num_kv_heads, -1).mean(-1)
+    return cosine.mean(-1, keepdim=True).expand(batch_size, num_kv_heads)

@@ -1,0 +1,65 @@
+"""Plain torch definitions of `select_units` and `resident_difference`."""
+
+import torch
+from torch import Tensor
+
+
+def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
+    """Units in score order until the budget is filled, the last one cut so that it is filled exactly.
+
+    scores: [B, H, U], -inf where there is no unit; ties go to the lower unit.
+    unit_offsets: int64 [B, H, >= U + 1]; unit u is the rows [unit_offsets[u], unit_offsets[u + 1]).
+    Returns (rows, count): rows int64 [B, H, token_budget], -1 behind the count; count int64 [B, H].
+    """
+    num_units = scores.shape[-1]
+    if num_units == 0:
+        rows = torch.full((*scores.shape[:2], token_budget), -1, dtype=torch.int64, device=scores.device)
+        return rows, rows.new_zeros(scores.shape[:2])
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    starts = unit_offsets[..., :num_units].gather(-1, order)
+    sizes = unit_offsets[..., 1 : num_units + 1].gather(-1, order) - starts
+    sizes = sizes.masked_fill(ranked == -torch.inf, 0)
+    ends = sizes.cumsum(-1)
+    count = ends[..., -1].clamp(max=token_budget)
+    places = torch.arange(token_budget, device=scores.device).expand(*scores.shape[:2], token_budget).contiguous()
+    rank = torch.searchsorted(ends, places, right=True).clamp(max=num_units - 1)
+    rows = starts.gather(-1, rank) + places - (ends - sizes).gather(-1, rank)
+    return rows.masked_fill(places >= count[..., None], -1), count
+
+
+def resident_difference_reference(
+    resident_rows: Tensor, rows: Tensor, due: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """Keep the resident rows that are wanted; put the i-th missing row into the i-th free slot.
+
+    resident_rows: int64 [B, H, C], the row in each slot, -1 in an empty one; rows: int64 [B, H, C], the wanted rows, -1 behind
+    the last; due: bool [B, H], where nothing is due nothing changes; num_rows: rows of the pool.
+    Returns (resident_rows, incoming), int64 [B, H, C] each: the new contents, and for every slot the row that must be loaded
+    into it, -1 where the slot stays as it is.
+    """
+    # Column num_rows collects the -1 entries, so that no row is marked by an empty slot.
+    wanted = _mark(rows, num_rows)
+    present = _mark(resident_rows, num_rows)
+    keep = (resident_rows >= 0) & wanted.gather(-1, _column(resident_rows, num_rows))
+    missing = (rows >= 0) & ~present.gather(-1, _column(rows, num_rows))
+    capacity = rows.shape[-1]
+    place = torch.where(missing, missing.cumsum(-1) - 1, capacity)
+    compact = torch.full((*rows.shape[:2], capacity + 1), -1, dtype=torch.int64, device=rows.device)
+    compact.scatter_(-1, place, rows)
+    compact[..., capacity] = -1
+    free = ~keep
+    incoming = compact.gather(-1, torch.where(free, free.cumsum(-1) - 1, capacity))
+    incoming = torch.where(due[..., None], incoming, -1)
+    updated = torch.where(keep, resident_rows, incoming)
+    return torch.where(due[..., None], updated, resident_rows), incoming
+
+
+def _column(rows: Tensor, num_rows: int) -> Tensor:
+    return torch.where(rows >= 0, rows, num_rows)
+
+
+def _mark(rows: Tensor, num_rows: int) -> Tensor:
+    marks = torch.zeros(*rows.shape[:2], num_rows + 1, dtype=torch.bool, device=rows.device)
+    marks.scatter_(-1, _column(rows, num_rows), True)
+    marks[..., num_rows] = False
+    return marks

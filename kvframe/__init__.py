@@ -1,0 +1,89 @@
+"""kvframe: KV retrieval for long-context decoding, as policies of five stages.
+
+Importing this package loads neither transformers nor triton.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
+from kvframe.policy import Policy
+from kvframe.stages import (
+    DecoupledUnits,
+    EveryStep,
+    FixedStride,
+    HostPool,
+    KeepOnDevice,
+    MeanKey,
+    Never,
+    Once,
+    PageUnits,
+    Scorer,
+    Selector,
+    SelectNothing,
+    TokenUnits,
+    TopBudget,
+    Transfer,
+    Trigger,
+    UnitBuilder,
+)
+from kvframe.types import Decision, Invariant, LayerLayout, ModelLayout, StepInputs, Units
+
+if TYPE_CHECKING:
+    from kvframe.calibrate import calibrate
+    from kvframe.hf import RetrievalCache, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Decision",
+    "DecoupledUnits",
+    "EveryStep",
+    "FixedStride",
+    "HostPool",
+    "Invariant",
+    "KeepOnDevice",
+    "LayerLayout",
+    "MeanKey",
+    "ModelLayout",
+    "Never",
+    "Once",
+    "PageUnits",
+    "Policy",
+    "PolicySpec",
+    "RetrievalCache",
+    "Scorer",
+    "SelectNothing",
+    "Selector",
+    "StageSpec",
+    "StepInputs",
+    "TokenUnits",
+    "TopBudget",
+    "Transfer",
+    "Trigger",
+    "UnitBuilder",
+    "Units",
+    "attach",
+    "calibrate",
+    "hookimpl",
+    "policy",
+]
+
+# These need transformers, which is loaded when one of them is first asked for.
+_LAZY = {"attach": "kvframe.hf", "RetrievalCache": "kvframe.hf", "calibrate": "kvframe.calibrate"}
+
+
+def policy(name: str, /, **options: Any) -> Policy:
+    """A policy by name, with its options.
+
+    Raises UnknownNameError for a name that no plugin brings, ConfigError for an option or value that does not fit.
+    """
+    from kvframe.registry import default_registry
+
+    return default_registry().make_policy(name, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'kvframe' has no attribute {name!r}")

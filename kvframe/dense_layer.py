@@ -1,0 +1,94 @@
+"""A layer that keeps its whole KV on the device and attends to all of it."""
+
+import math
+
+import torch
+from kvframe_kernels.slot_attention import slot_attention
+from torch import Tensor
+
+from kvframe.attention import causal_attention
+from kvframe.layer import LayerRuntime
+from kvframe.types import LayerLayout
+
+
+class DenseLayer(LayerRuntime):
+    """One buffer of the planned capacity, and a length a sequence. Padding is not stored."""
+
+    def __init__(self, layout: LayerLayout, capacity: int) -> None:
+        super().__init__(layout)
+        heads = (layout.batch_size, layout.num_kv_heads)
+        like = {"dtype": layout.dtype, "device": layout.device}
+        self._keys = torch.zeros(*heads, capacity, layout.head_dim, **like)
+        self._values = torch.zeros(*heads, capacity, layout.value_dim, **like)
+        self._lengths = [0] * layout.batch_size
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self._lengths)
+
+    def reserve(self, num_rows: int) -> None:
+        missing = num_rows - self._keys.shape[2]
+        if missing > 0:
+            heads = self._keys.shape[:2]
+            self._keys = torch.cat([self._keys, self._keys.new_zeros(*heads, missing, self.layout.head_dim)], 2)
+            self._values = torch.cat([self._values, self._values.new_zeros(*heads, missing, self.layout.value_dim)], 2)
+
+    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
+        self._store(keys, values, num_real)
+        return self._attend(query, num_real)
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        num_real = [keys.shape[2]] * keys.shape[0]
+        self._store(keys, values, num_real)
+        return self._attend(query, num_real)
+
+    def _store(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
+        self.check_finite(keys, values, num_real)
+        stops = [length + num for length, num in zip(self._lengths, num_real, strict=True)]
+        self.reserve(max(stops))
+        for batch, (start, stop) in enumerate(zip(self._lengths, stops, strict=True)):
+            own = slice(keys.shape[2] - (stop - start), keys.shape[2])
+            self._keys[batch, :, start:stop] = keys[batch, :, own]
+            self._values[batch, :, start:stop] = values[batch, :, own]
+        self._lengths = stops
+
+    def _attend(self, query: Tensor, num_real: list[int]) -> Tensor:
+        num_queries, longest = query.shape[2], max(self._lengths)
+        keys, values = self._keys[:, :, :longest], self._values[:, :, :longest]
+        if num_queries == 1 and min(num_real) == 1:
+            bias = None if min(self._lengths) == longest else self._bias(longest)
+            return slot_attention(query, keys, values, bias, self.layout.sm_scale)[0]
+        if min(self._lengths) == longest and min(num_real) == num_queries:
+            return causal_attention(query, keys, values, self.layout.sm_scale)
+        out = query.new_zeros(*query.shape[:3], values.shape[-1])
+        for batch, (num, length) in enumerate(zip(num_real, self._lengths, strict=True)):
+            if num:
+                row, own = slice(batch, batch + 1), slice(num_queries - num, num_queries)
+                out[row, :, own] = causal_attention(
+                    query[row, :, own], keys[row, :, :length], values[row, :, :length], self.layout.sm_scale
+                )
+        return out
+
+    def _bias(self, longest: int) -> Tensor:
+        lengths = torch.tensor(self._lengths, device=self.layout.device)[:, None, None]
+        behind = torch.arange(longest, device=self.layout.device) >= lengths
+        bias = torch.zeros(behind.shape, dtype=self.layout.dtype, device=self.layout.device)
+        return bias.masked_fill(behind, -math.inf).expand(-1, self.layout.num_kv_heads, -1)
+
+    def crop(self, num_tokens: int) -> None:
+        self._lengths = [length - num_tokens for length in self._lengths]
+
+    def reset(self) -> None:
+        self._lengths = [0] * self.layout.batch_size
+
+    def attended_positions(self, batch: int, head: int) -> Tensor:
+        return torch.arange(self._lengths[batch])
+
+    def device_bytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+    def host_bytes(self) -> int:
+        return 0
+
+    def index_bytes(self) -> int:
+        return 0

@@ -1,0 +1,90 @@
+"""Which models a retrieval cache serves; everything else is refused before anything is changed."""
+
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from kvframe.errors import UnsupportedModelError
+
+
+def decoder_config(model: PreTrainedModel) -> Any:
+    """The config of the text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def stock_layers(config: Any) -> list[Any]:
+    """The cache layers transformers itself would use, one a model layer."""
+    return list(DynamicCache(config=config).layers)
+
+
+def is_retrieval_layer(layer: object) -> bool:
+    """Whether a stock layer keeps a full, growing KV cache, which a policy can manage."""
+    return type(layer) is DynamicLayer
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError, with the reason, for a model whose attention a retrieval cache cannot reproduce."""
+    reason = _reason_against(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be attached: {reason}")
+
+
+def _reason_against(model: PreTrainedModel) -> str | None:
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder; expected a decoder-only language model"
+    config = decoder_config(model)
+    return _config_reason(config) or _module_reason(model) or _layer_reason(config)
+
+
+def _config_reason(config: Any) -> str | None:
+    if getattr(config, "kv_lora_rank", None):
+        return (
+            "it uses multi-head latent attention (MLA), whose cache holds latents and not keys and values; a policy over latents is "
+            "not available yet"
+        )
+    for name in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if getattr(config, name, None):
+            return f"it caps attention logits ({name}={getattr(config, name)}), which the decode attention does not do"
+    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+        return "layers share each other's keys and values, so that no layer owns what a policy would move"
+    if getattr(config, "alibi", False) or getattr(config, "position_bias", False):
+        return "it adds a position bias to attention logits, which the decode attention does not do"
+    return None
+
+
+def _module_reason(model: PreTrainedModel) -> str | None:
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' attention interface"
+    for name, module in model.named_modules():
+        if "attn" in name.rsplit(".", 1)[-1] or "attention" in type(module).__name__.lower():
+            if getattr(module, "sinks", None) is not None:
+                return f"its attention has learned sinks ({name}.sinks), which the decode attention does not do"
+    return None
+
+
+def _layer_reason(config: Any) -> str | None:
+    try:
+        layers = stock_layers(config)
+    except Exception as error:  # noqa: BLE001 - any config that transformers cannot build a cache for is one we cannot either
+        return f"transformers builds no dynamic cache for its config ({type(error).__name__}: {error})"
+    if not layers:
+        return (
+            "transformers builds its cache without a layer plan, so it cannot be told which layers keep a full KV cache"
+        )
+    for layer in layers:
+        if is_retrieval_layer(layer) or type(layer) is DynamicSlidingWindowLayer:
+            continue
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin):
+            continue
+        if not isinstance(layer, CacheLayerMixin | LinearAttentionCacheLayerMixin):
+            continue  # a placeholder of a layer without attention
+        return f"it has cache layers of type {type(layer).__name__}, which mix a full KV cache with something else"
+    if not any(is_retrieval_layer(layer) for layer in layers):
+        return "no layer keeps a full KV cache (all are sliding or recurrent), so there is nothing to retrieve"
+    return None

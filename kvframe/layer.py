@@ -1,0 +1,84 @@
+"""What the cache asks of one attention layer, whichever way it keeps its KV."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from kvframe.errors import NonFiniteError
+from kvframe.types import LayerLayout
+
+
+class LayerRuntime(ABC):
+    """Holds one layer's KV and attends over it."""
+
+    def __init__(self, layout: LayerLayout) -> None:
+        self.layout = layout
+        self._finite = torch.ones(layout.batch_size, layout.num_kv_heads, dtype=torch.bool, device=layout.device)
+
+    @property
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Real tokens of every sequence."""
+
+    @abstractmethod
+    def reserve(self, num_rows: int) -> None:
+        """Make room for this many tokens a sequence."""
+
+    @abstractmethod
+    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
+        """Tokens of a prompt, of a chunk of one, or of a turn's text: attended in full.
+
+        query: [B, Hq, T, D]; keys: [B, H, T, D]; values: [B, H, T, Dv]; the last `num_real[b]` of row b are not padding.
+        num_committed: tokens behind it are only proposed and may be cropped.
+        Returns [B, Hq, T, Dv], zero at padding.
+        """
+
+    @abstractmethod
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One generated token of every sequence, and perhaps proposed ones behind it; shapes as in `prompt`."""
+
+    @abstractmethod
+    def crop(self, num_tokens: int) -> None:
+        """Take the last tokens of every sequence back."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """As at the start, in place: what was allocated is used again."""
+
+    @abstractmethod
+    def attended_positions(self, batch: int, head: int) -> Tensor:
+        """Positions that the last decode step attended to, int64, ascending."""
+
+    @abstractmethod
+    def device_bytes(self) -> int:
+        """Device memory held for KV."""
+
+    @abstractmethod
+    def host_bytes(self) -> int:
+        """Host memory held for KV."""
+
+    @abstractmethod
+    def index_bytes(self) -> int:
+        """Device memory held for finding units: summaries, boundaries and counters."""
+
+    def check_finite(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
+        """Remember heads whose real keys or values are NaN or infinite; on a CPU, where looking is free, raise at once."""
+        finite = torch.isfinite(keys).all(-1) & torch.isfinite(values).all(-1)  # [B, H, T]
+        if min(num_real) < keys.shape[2]:
+            ages = torch.arange(keys.shape[2], 0, -1, device=keys.device)
+            finite |= ages > torch.tensor(num_real, device=keys.device)[:, None, None]
+        self._finite &= finite.all(-1)
+        if self.layout.device.type == "cpu":
+            self.raise_if_not_finite()
+
+    def raise_if_not_finite(self) -> None:
+        """Raise NonFiniteError naming layer and head; reads the device."""
+        if bool(self._finite.all()):
+            return
+        batch, head = (int(index) for index in (~self._finite).nonzero()[0])
+        self._finite.fill_(True)
+        raise NonFiniteError(
+            f"layer {self.layout.layer_idx}, KV head {head}, batch row {batch}: expected finite keys and values, got NaN or "
+            "infinity; check the model's dtype (bfloat16 has float32's range, float16 does not) and its weights"
+        )

@@ -1,0 +1,92 @@
+"""What the runtime asks of a layer's memory."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from kvframe.memory.pool import Traffic
+
+
+class LayerMemory(ABC):
+    """Holds the KV of one retrieval layer, and knows which of it attention sees.
+
+    Two of them run the same ledger and the same stages: `SlotMemory` (resident slots and a store behind them) and `DenseMemory`
+    (everything on the device, attention under a mask).
+    """
+
+    @property
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """What has moved."""
+
+    @abstractmethod
+    def reserve(self, num_rows: int) -> None:
+        """Make room for at least `num_rows` tokens a sequence."""
+
+    @abstractmethod
+    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows [0, stop) of one sequence on the device: [H, stop, D], [H, stop, Dv]."""
+
+    @abstractmethod
+    def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Positions [start, stop) of one sequence, all inside the window: [H, n, D], [H, n, Dv]."""
+
+    @abstractmethod
+    def store_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """A prompt block in unit order: rows [start, start + n), keys [H, n, D], values [H, n, Dv]."""
+
+    @abstractmethod
+    def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Prompt tokens that stay sinks or stay in the window: positions [start, start + n)."""
+
+    @abstractmethod
+    def finish_prompt(self) -> None:
+        """The ledger of every sequence is up to date; show attention just what it says."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """One token of every sequence, already entered in the ledger; keys [B, H, D], values [B, H, Dv]."""
+
+    @abstractmethod
+    def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """`width` window positions from `start` [B, H] on: [B, H, width, D], [B, H, width, Dv]."""
+
+    @abstractmethod
+    def leave(self, leaves: Tensor, start: Tensor, size: Tensor, width: int, room: Tensor) -> None:
+        """Units leave the window where `leaves`; up to `room` [B, H] of their first tokens become resident.
+
+        `start`, `size` int64 [B, H]; no unit is longer than `width`.
+        """
+
+    @abstractmethod
+    def recall(self, rows: Tensor, due: Tensor) -> None:
+        """Where `due`, make exactly `rows` [B, H, C] (-1 behind the last) resident."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attention over sinks, resident rows and window; and causally over `tail`, tokens not yet in the ledger.
+
+        query: [B, Hq, T, D]. The first query sees none of the tail, query t its first t tokens.
+        tail: keys [B, H, T - 1, D], values [B, H, T - 1, Dv].
+        Returns [B, Hq, T, Dv].
+        """
+
+    @abstractmethod
+    def attended_rows(self, batch: int, head: int) -> Tensor:
+        """Rows that attention sees, int64, in no order; a row twice would be an error."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """As at the start, in place; what has been counted stays."""
+
+    def clear_traffic(self) -> None:
+        """Start to count anew."""
+        self.traffic.clear()
+
+    @abstractmethod
+    def device_bytes(self) -> int:
+        """Device memory held for KV."""
+
+    @abstractmethod
+    def host_bytes(self) -> int:
+        """Host memory held for KV."""

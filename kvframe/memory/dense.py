@@ -1,0 +1,165 @@
+"""The memory of the `dense` and `shadow` executions: everything on the device, attention under a mask."""
+
+import math
+
+import torch
+from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
+from torch import Tensor
+
+from kvframe.memory.base import LayerMemory
+from kvframe.memory.ledger import LENGTH, Ledger
+from kvframe.memory.pool import Traffic
+from kvframe.types import LayerLayout
+
+
+class DenseMemory(LayerMemory):
+    """Keys and values [B, H, R, ...] by row, and a mask of the resident rows.
+
+    Nothing here is clever: what attention sees is a mask over all rows, made from the ledger's counts. That makes it the standard
+    against which `SlotMemory` is held.
+    """
+
+    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int) -> None:
+        self._layout = layout
+        self._ledger = ledger
+        heads = (layout.batch_size, layout.num_kv_heads)
+        like = {"dtype": layout.dtype, "device": layout.device}
+        self.keys = torch.zeros(*heads, num_rows, layout.head_dim, **like)
+        self.values = torch.zeros(*heads, num_rows, layout.value_dim, **like)
+        self.resident = torch.zeros(*heads, num_rows, dtype=torch.bool, device=layout.device)
+        self._traffic = Traffic(rows_recalled=torch.zeros(heads, dtype=torch.int64, device=layout.device))
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._traffic
+
+    def reserve(self, num_rows: int) -> None:
+        missing = num_rows - self.keys.shape[2]
+        if missing > 0:
+            heads = self.keys.shape[:2]
+            self.keys = torch.cat([self.keys, self.keys.new_zeros(*heads, missing, self._layout.head_dim)], 2)
+            self.values = torch.cat([self.values, self.values.new_zeros(*heads, missing, self._layout.value_dim)], 2)
+            self.resident = torch.cat([self.resident, self.resident.new_zeros(*heads, missing)], 2)
+
+    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self.keys[batch, :, :stop], self.values[batch, :, :stop]
+
+    def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        # Clones, because a block may be written over the rows it was read from.
+        return self.keys[batch, :, start:stop].clone(), self.values[batch, :, start:stop].clone()
+
+    def store_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
+        self.keys[batch, :, start : start + keys.shape[1]] = keys
+        self.values[batch, :, start : start + keys.shape[1]] = values
+
+    def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
+        self.store_block(batch, start, keys, values)
+
+    def finish_prompt(self) -> None:
+        pass
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        row = (self._ledger.counts[LENGTH] - 1)[..., None, None]
+        self.keys.scatter_(2, row.expand(-1, -1, -1, keys.shape[-1]), keys[:, :, None])
+        self.values.scatter_(2, row.expand(-1, -1, -1, values.shape[-1]), values[:, :, None])
+
+    def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        rows = start[..., None] + torch.arange(width, device=start.device)
+        rows = rows.clamp(max=self.keys.shape[2] - 1)[..., None]
+        keys = self.keys.gather(2, rows.expand(-1, -1, -1, self._layout.head_dim))
+        return keys, self.values.gather(2, rows.expand(-1, -1, -1, self._layout.value_dim))
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self.keys.shape[2], device=self._layout.device)
+
+    def leave(self, leaves: Tensor, start: Tensor, size: Tensor, width: int, room: Tensor) -> None:
+        rows = self._rows()
+        kept = (rows >= start[..., None]) & (rows < (start + torch.minimum(size, room))[..., None])
+        self.resident |= kept & leaves[..., None]
+
+    def recall(self, rows: Tensor, due: Tensor) -> None:
+        wanted = torch.zeros_like(self.resident)
+        batch, head, entry = (rows >= 0).nonzero(as_tuple=True)
+        wanted[batch, head, rows[batch, head, entry]] = True
+        self._traffic.rows_recalled += ((wanted & ~self.resident) & due[..., None]).sum(-1)
+        self.resident = torch.where(due[..., None], wanted, self.resident)
+
+    def attended(self) -> Tensor:
+        """bool [B, H, R]: what attention sees."""
+        rows, ledger = self._rows(), self._ledger
+        length = ledger.counts[LENGTH][..., None]
+        recent = (rows >= length - ledger.window[..., None]) & (rows < length)
+        return self.resident | (rows < ledger.sinks[..., None]) | recent
+
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
+        return self.attend_where(self.attended(), query, tail)
+
+    def attend_where(self, visible: Tensor, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attention over the rows of a mask [B, H, R], and causally over the tail."""
+        keys, values, bias = self.keys, self.values, self._bias(visible)
+        if tail is not None:
+            keys, values = torch.cat([keys, tail[0]], 2), torch.cat([values, tail[1]], 2)
+            num_queries, num_tail = query.shape[2], tail[0].shape[2]
+            steps = torch.arange(num_tail, device=query.device)
+            seen = steps < torch.arange(num_queries, device=query.device)[:, None]
+            heads = bias.shape[:2]
+            bias = torch.cat(
+                [bias[:, :, None].expand(*heads, num_queries, -1), self._bias(seen).expand(*heads, -1, -1)], -1
+            )
+        return slot_attention(query, keys, values, bias, self._layout.sm_scale)[0]
+
+    def _bias(self, visible: Tensor) -> Tensor:
+        bias = torch.zeros(visible.shape, dtype=self._layout.dtype, device=self._layout.device)
+        return bias.masked_fill(~visible, -math.inf)
+
+    def attended_rows(self, batch: int, head: int) -> Tensor:
+        return self.attended()[batch, head].nonzero()[:, 0].cpu()
+
+    def reset(self) -> None:
+        self.resident.zero_()
+
+    def device_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.resident.nbytes
+
+    def host_bytes(self) -> int:
+        return 0
+
+
+class ShadowMemory(DenseMemory):
+    """Full attention drives; the policy is only watched.
+
+    `captured_mass` and `oracle_recall` add up, over steps, the share of the full softmax that the attended rows hold, and the
+    share of the oracle's rows (the top ones, as many as are attended) that are attended; mean over the query heads of a group.
+    """
+
+    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int) -> None:
+        super().__init__(layout, ledger, num_rows)
+        heads = (layout.batch_size, layout.num_kv_heads)
+        self.captured_mass = torch.zeros(heads, dtype=torch.float64, device=layout.device)
+        self.oracle_recall = torch.zeros(heads, dtype=torch.float64, device=layout.device)
+
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
+        stored = (self._rows() < self._ledger.counts[LENGTH][..., None]).contiguous()
+        self._observe(query[:, :, :1], stored)
+        return self.attend_where(stored, query, tail)
+
+    def _observe(self, query: Tensor, stored: Tensor) -> None:
+        attended = self.attended()
+        scale = self._layout.sm_scale
+        _, everything = slot_attention_reference(query, self.keys, self.values, self._bias(stored), scale)
+        _, seen = slot_attention_reference(query, self.keys, self.values, self._bias(attended), scale)
+        batch_size, num_kv_heads = attended.shape[:2]
+        mass = (seen - everything).exp().view(batch_size, num_kv_heads, -1).mean(-1)
+        grouped = (query * scale).reshape(batch_size, num_kv_heads, -1, self._layout.head_dim)
+        scores = torch.matmul(grouped, self.keys.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+        weights = scores.masked_fill(~stored[:, :, None], -math.inf).softmax(-1).mean(2)
+        order = weights.masked_fill(~stored, -1.0).argsort(dim=-1, descending=True, stable=True)
+        count = attended.sum(-1, keepdim=True)
+        hits = attended.gather(-1, order) & (self._rows() < count)
+        self.captured_mass += mass
+        self.oracle_recall += hits.sum(-1) / count[..., 0]
+
+    def clear_traffic(self) -> None:
+        super().clear_traffic()
+        self.captured_mass.zero_()
+        self.oracle_recall.zero_()

@@ -1,0 +1,50 @@
+"""What stands for the units: the scorer's summaries, one entry a unit."""
+
+import torch
+from torch import Tensor
+
+from kvframe.stages.scorer import Scorer
+from kvframe.types import LayerLayout
+
+
+class UnitIndex:
+    """Named tensors [B, H, max_units + 1, ...]; the scorer says which."""
+
+    def __init__(self, layout: LayerLayout, scorer: Scorer) -> None:
+        self._heads = (layout.batch_size, layout.num_kv_heads)
+        no_keys = torch.zeros(1, 1, layout.head_dim, dtype=layout.dtype, device=layout.device)
+        no_values = torch.zeros(1, 1, layout.value_dim, dtype=layout.dtype, device=layout.device)
+        sample = scorer.index(no_keys, no_values, torch.zeros(1, 1, dtype=torch.int64, device=layout.device), 1)
+        self.tensors = {
+            name: torch.zeros(*self._heads, 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
+            for name, entry in sample.items()
+        }
+        self._batches = torch.arange(layout.batch_size, device=layout.device)[:, None]
+        self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
+
+    def reserve(self, max_units: int) -> None:
+        """Make room for at least this many units a head."""
+        for name, tensor in self.tensors.items():
+            missing = max_units + 1 - tensor.shape[2]
+            if missing > 0:
+                more = tensor.new_zeros(*self._heads, missing, *tensor.shape[3:])
+                self.tensors[name] = torch.cat([tensor, more], 2)
+
+    def write(self, batch: int, columns: Tensor, entries: dict[str, Tensor]) -> None:
+        """Entries [H, U, ...] of one sequence into columns [H, U]."""
+        for name, entry in entries.items():
+            self.tensors[name][batch, self._head_ids[:, None], columns] = entry
+
+    def append(self, columns: Tensor, entries: dict[str, Tensor]) -> None:
+        """One entry [B * H, 1, ...] a head into columns [B, H]."""
+        for name, entry in entries.items():
+            tensor = self.tensors[name]
+            tensor[self._batches, self._head_ids, columns] = entry.view(*self._heads, *entry.shape[2:])
+
+    def view(self, num_units: int) -> dict[str, Tensor]:
+        """The first `num_units` columns."""
+        return {name: tensor[:, :, :num_units] for name, tensor in self.tensors.items()}
+
+    def nbytes(self) -> int:
+        """Device memory held."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())

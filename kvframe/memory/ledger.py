@@ -1,0 +1,184 @@
+"""Who lies where: the counters and unit boundaries of one layer."""
+
+import torch
+from kvframe_kernels.append_token import (
+    CLOSED,
+    LENGTH,
+    NUM_COUNTS,
+    OPEN,
+    RESIDENT,
+    SINKS,
+    UNITS,
+    WINDOW,
+    advance_ledger,
+    find_leaving,
+)
+from torch import Tensor
+
+from kvframe.types import LayerLayout, Units
+
+
+class Ledger:
+    """Counters and unit boundaries, device tensors throughout; whatever depends on data is read by nobody on the host.
+
+    Only the number of tokens of each sequence is known to the host as well: one more for every token.
+
+    Units tile the rows from the sinks to the window without a gap, so that one offset a unit says where it lies. Units of index
+    [0, UNITS) have left the window and can be selected, those of [UNITS, CLOSED) have a fixed end but still lie in the
+    window, and the open unit takes the next token. While a prompt is read, the open unit is all of the window that is not yet
+    cut; `begin_decode` cuts it.
+    """
+
+    def __init__(self, layout: LayerLayout, *, sink_size: int, window_size: int, min_size: int, max_size: int) -> None:
+        self.layout = layout
+        self.sink_size = sink_size
+        self.window_size = window_size
+        self.min_size = min_size
+        self.max_size = max_size
+        heads = (layout.batch_size, layout.num_kv_heads)
+        self.counts = torch.zeros(NUM_COUNTS, *heads, dtype=torch.int64, device=layout.device)
+        self.unit_offsets = torch.zeros(*heads, 2, dtype=torch.int64, device=layout.device)
+        self.unit_offsets[..., 0] = sink_size
+        self.is_prompt_unit = torch.zeros(*heads, 1, dtype=torch.bool, device=layout.device)
+        self.lengths = [0] * layout.batch_size
+        self.open_starts = [sink_size] * layout.batch_size  # of the uncut part, while a prompt is read
+        self.in_prompt = True
+
+    @property
+    def max_units(self) -> int:
+        """Units there is room for."""
+        return self.is_prompt_unit.shape[-1] - 1
+
+    def reserve_units(self, num_units: int) -> None:
+        """Make room for at least this many units a head."""
+        missing = num_units - self.max_units
+        if missing > 0:
+            heads = self.unit_offsets.shape[:2]
+            self.unit_offsets = torch.cat([self.unit_offsets, self.unit_offsets.new_zeros(*heads, missing)], -1)
+            self.is_prompt_unit = torch.cat([self.is_prompt_unit, self.is_prompt_unit.new_zeros(*heads, missing)], -1)
+
+    def begin_prompt(self) -> None:
+        """A prompt chunk or a turn's text comes: what was generated ends a unit here, whatever its size."""
+        if self.in_prompt:
+            return
+        self.in_prompt = True
+        counts = self.counts
+        self.unit_offsets.scatter_(-1, (counts[CLOSED] + 1)[..., None], counts[LENGTH][..., None])
+        counts[CLOSED] += counts[OPEN] > 0
+        counts[OPEN].zero_()
+        self.open_starts = [max(length, self.sink_size) for length in self.lengths]
+
+    def prompt_block(self, batch: int, num_tokens: int) -> tuple[int, int]:
+        """Positions [start, stop) of one sequence that leave the window as prompt units when `num_tokens` more come."""
+        start = self.open_starts[batch]
+        return start, max(start, self.lengths[batch] + num_tokens - self.window_size)
+
+    def add_prompt_units(self, batch: int, start: int, units: Units) -> Tensor:
+        """Enter the units of a prompt block; returns int64 [H, U], the index column of each."""
+        num_units = units.sizes.shape[-1]
+        first = self.counts[CLOSED, batch]
+        columns = first[:, None] + torch.arange(num_units, device=first.device)
+        ends = start + units.sizes.cumsum(-1)
+        heads = torch.arange(columns.shape[0], device=columns.device)[:, None]
+        self.unit_offsets[batch, heads, columns + 1] = ends
+        self.is_prompt_unit[batch, heads, columns] = units.sizes > 0
+        self.counts[CLOSED, batch] += units.num_units
+        self.counts[UNITS, batch] += units.num_units
+        return columns
+
+    def finish_prompt(self, batch: int, num_tokens: int, block_stop: int) -> None:
+        """`num_tokens` more tokens of one sequence are stored; its window starts at `block_stop` or at an older unit."""
+        self.lengths[batch] += num_tokens
+        self.open_starts[batch] = block_stop
+        length, counts = self.lengths[batch], self.counts[:, batch]
+        pending = self.unit_offsets[batch].gather(-1, counts[UNITS][:, None])[:, 0]
+        window_start = torch.where(counts[UNITS] < counts[CLOSED], pending, block_stop)
+        counts[LENGTH] = length
+        counts[SINKS] = min(length, self.sink_size)
+        counts[OPEN] = max(0, length - block_stop)
+        counts[WINDOW] = (length - window_start).clamp(min=0)
+
+    def begin_decode(self) -> None:
+        """The prompt is over: cut what of it lies in the window into full units; the rest stays open."""
+        if not self.in_prompt:
+            return
+        self.in_prompt = False
+        for batch, (length, start) in enumerate(zip(self.lengths, self.open_starts, strict=True)):
+            full = max(0, length - start) // self.max_size
+            closed = self.counts[CLOSED, batch]
+            steps = torch.arange(1, full + 1, device=closed.device)
+            heads = torch.arange(closed.shape[0], device=closed.device)[:, None]
+            self.unit_offsets[batch, heads, closed[:, None] + steps] = start + steps * self.max_size
+            closed += full
+            self.counts[OPEN, batch] -= full * self.max_size
+
+    def advance(self, cut: Tensor | None) -> None:
+        """Take one token of every sequence in; `cut` bool [B, H] ends the open unit before it."""
+        advance_ledger(self.counts, self.unit_offsets, cut, self.min_size, self.max_size, self.sink_size)
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def leaving(self, length: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(leaves, start, size), [B, H] each: the oldest unit of each head that lies before the window."""
+        return find_leaving(self.counts, self.unit_offsets, self.window_size, length)
+
+    def release(self, leaves: Tensor, size: Tensor, kept: Tensor) -> None:
+        """Units of `size` tokens belong to the index now where `leaves`; `kept` of their tokens became resident."""
+        self.counts[UNITS] += leaves
+        self.counts[WINDOW] -= size * leaves
+        self.counts[RESIDENT] += kept * leaves
+
+    def set_resident(self, count: Tensor, due: Tensor) -> None:
+        """A selection was made where `due`."""
+        self.counts[RESIDENT] = torch.where(due, count, self.counts[RESIDENT])
+
+    @property
+    def num_units(self) -> Tensor:
+        """int64 [B, H], units that can be selected."""
+        return self.counts[UNITS]
+
+    @property
+    def num_closed(self) -> Tensor:
+        """int64 [B, H], units with a fixed end, in the index or still in the window."""
+        return self.counts[CLOSED]
+
+    def most_closed(self) -> int:
+        """The largest `num_closed`; reads the device."""
+        return int(self.counts[CLOSED].max())
+
+    @property
+    def sinks(self) -> Tensor:
+        """int64 [B, H], tokens held as sinks."""
+        return self.counts[SINKS]
+
+    @property
+    def window(self) -> Tensor:
+        """int64 [B, H], tokens held in the window."""
+        return self.counts[WINDOW]
+
+    @property
+    def resident(self) -> Tensor:
+        """int64 [B, H], rows in the resident slots."""
+        return self.counts[RESIDENT]
+
+    def visible_units(self) -> int:
+        """Columns of the index worth reading: exact where the host may look for free, otherwise all there is room for."""
+        if self.layout.device.type == "cpu":
+            return int(self.counts[UNITS].max())
+        return self.max_units
+
+    def reset(self) -> None:
+        """As at the start, in place."""
+        self.counts.zero_()
+        self.unit_offsets.zero_()
+        self.unit_offsets[..., 0] = self.sink_size
+        self.is_prompt_unit.zero_()
+        self.lengths = [0] * self.layout.batch_size
+        self.open_starts = [self.sink_size] * self.layout.batch_size
+        self.in_prompt = True
+
+    def nbytes(self) -> int:
+        """Device memory held."""
+        return self.counts.nbytes + self.unit_offsets.nbytes + self.is_prompt_unit.nbytes
+
+
+__all__ = ["CLOSED", "LENGTH", "NUM_COUNTS", "OPEN", "RESIDENT", "SINKS", "UNITS", "WINDOW", "Ledger"]

@@ -1,0 +1,321 @@
+"""One layer's step: calls the five stages in order. It has no policy of its own."""
+
+from typing import Any
+
+import torch
+from attrs import define
+from kvframe_kernels.slot_attention import slot_attention
+from torch import Tensor
+
+from kvframe.attention import causal_attention
+from kvframe.layer import LayerRuntime
+from kvframe.memory.base import LayerMemory
+from kvframe.memory.dense import DenseMemory, ShadowMemory
+from kvframe.memory.index import UnitIndex
+from kvframe.memory.ledger import Ledger
+from kvframe.memory.slots import SlotMemory
+from kvframe.policy import Policy
+from kvframe.stats import RetrievalStats
+from kvframe.types import Execution, LayerLayout, StepInputs
+
+_SLAB_ROWS = 1024
+
+
+@define(eq=False)
+class Tentative:
+    """Tokens of a call with several queries, behind its first: not in the ledger until the next call commits them."""
+
+    query: Tensor  # [B, Hq, n, D]
+    keys: Tensor  # [B, H, n, D]
+    values: Tensor  # [B, H, n, Dv]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    def first(self, num_tokens: int) -> "Tentative | None":
+        """The first few of them; None for none."""
+        if num_tokens == 0:
+            return None
+        return Tentative(self.query[:, :, :num_tokens], self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens])
+
+
+class RetrievalLayer(LayerRuntime):
+    """A layer under a policy: ledger, memory, index, and the running state of the stages.
+
+    backend: attention over slots, called as `kvframe_kernels.slot_attention.slot_attention`, which it replaces.
+    """
+
+    def __init__(
+        self, layout: LayerLayout, policy: Policy, capacity: int, execution: Execution, backend: Any = None
+    ) -> None:
+        super().__init__(layout)
+        self.policy = policy
+        self.ledger = Ledger(
+            layout,
+            sink_size=policy.sink_size,
+            window_size=policy.window_size,
+            min_size=min(policy.units.min_size, policy.units.max_size),
+            max_size=policy.units.max_size,
+        )
+        self.memory = _make_memory(layout, policy, self.ledger, capacity, execution, backend)
+        self.index = UnitIndex(layout, policy.scorer)
+        self.stats = RetrievalStats(layout)
+        # Position of every row; prompt blocks permute theirs. No step needs it, so it stays on the host.
+        self.row_positions = torch.arange(capacity).repeat(layout.batch_size, layout.num_kv_heads, 1)
+        self._trigger_state: Any = policy.trigger.init(layout)
+        self._units_state: Any = policy.units.init(layout)
+        self._tail: Tentative | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        tail = 0 if self._tail is None else self._tail.num_tokens
+        return [length + tail for length in self.ledger.lengths]
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return self.row_positions.shape[-1]
+
+    def reserve(self, num_rows: int) -> None:
+        if num_rows <= self.capacity:
+            return
+        # More than was planned: in steps that are large enough to be rare.
+        num_rows = max(num_rows, self.capacity + _SLAB_ROWS)
+        self.memory.reserve(num_rows)
+        more = torch.arange(self.capacity, num_rows).expand(*self.row_positions.shape[:2], -1)
+        self.row_positions = torch.cat([self.row_positions, more], -1)
+        if not self.ledger.in_prompt:
+            self._reserve_output_units()
+
+    # ---- the prompt -------------------------------------------------------------------------------------------------
+
+    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
+        self.check_finite(keys, values, num_real)
+        self._commit_tail()
+        self.reserve(max(length + num for length, num in zip(self.ledger.lengths, num_real, strict=True)))
+        out = self._attend_in_full(query, keys, values, num_real)
+        num_tail = keys.shape[2] - num_committed
+        committed = [max(0, num - num_tail) for num in num_real]
+        self._take_in(keys[:, :, :num_committed], values[:, :, :num_committed], committed)
+        self.policy.trigger.begin(query[:, :, num_committed - 1], self._trigger_state)
+        if num_tail:
+            self._tail = Tentative(
+                query[:, :, num_committed:], keys[:, :, num_committed:], values[:, :, num_committed:]
+            )
+        return out
+
+    def _attend_in_full(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int]) -> Tensor:
+        """Full causal attention of the real tokens over everything stored and themselves."""
+        num_queries, past = query.shape[2], self.ledger.lengths
+        if max(past) == 0 and min(num_real) == num_queries:
+            return causal_attention(query, keys, values, self.layout.sm_scale)
+        out = query.new_zeros(*query.shape[:3], values.shape[-1])
+        for batch, (num, length) in enumerate(zip(num_real, past, strict=True)):
+            if num:
+                row, own = slice(batch, batch + 1), slice(num_queries - num, num_queries)
+                row_keys, row_values = keys[row, :, own], values[row, :, own]
+                if length:
+                    # Rows lie in unit order, which the full attention of later tokens does not mind.
+                    past_keys, past_values = self.memory.read(batch, length)
+                    row_keys = torch.cat([past_keys[None], row_keys], 2)
+                    row_values = torch.cat([past_values[None], row_values], 2)
+                out[row, :, own] = causal_attention(query[row, :, own], row_keys, row_values, self.layout.sm_scale)
+        return out
+
+    def _take_in(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
+        """Store prompt tokens, the last `num_real` of each sequence; those before the window become prompt units."""
+        ledger = self.ledger
+        ledger.begin_prompt()
+        ahead = [length + num for length, num in zip(ledger.lengths, num_real, strict=True)]
+        length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
+        # Units still in the window from an earlier turn make room first.
+        while bool(ledger.leaving(length)[0].any()):
+            self._leave(length)
+        for batch, num in enumerate(num_real):
+            own = slice(keys.shape[2] - num, keys.shape[2])
+            self._take_in_row(batch, keys[batch, :, own], values[batch, :, own])
+        self.memory.finish_prompt()
+
+    def _take_in_row(self, batch: int, keys: Tensor, values: Tensor) -> None:
+        ledger, memory = self.ledger, self.memory
+        num, length = keys.shape[1], ledger.lengths[batch]
+        start, stop = ledger.prompt_block(batch, num)
+        if start < stop:
+            # Of the block, the first tokens may have been held back in the window; the others have just come.
+            split = min(stop, max(start, length))
+            held_keys, held_values = memory.recent(batch, start, split)
+            fresh = slice(split - length, stop - length)
+            block_keys = torch.cat([held_keys, keys[:, fresh]], 1)
+            self._add_block(batch, start, block_keys, torch.cat([held_values, values[:, fresh]], 1))
+        # Sinks come before the block, the window behind it.
+        for low, high in ((length, min(length + num, ledger.sink_size)), (max(stop, length), length + num)):
+            if low < high:
+                part = slice(low - length, high - length)
+                memory.store_recent(batch, low, keys[:, part], values[:, part])
+        ledger.finish_prompt(batch, num, stop)
+
+    def _add_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
+        units = self.policy.units.build(keys)
+        order = units.order[..., None]
+        keys = keys.gather(1, order.expand(-1, -1, keys.shape[-1]))
+        values = values.gather(1, order.expand(-1, -1, values.shape[-1]))
+        self.memory.store_block(batch, start, keys, values)
+        self.row_positions[batch, :, start : start + keys.shape[1]] = start + units.order.cpu()
+        num_heads, num_units = units.sizes.shape
+        self._reserve_units(self.ledger.most_closed() + num_units)
+        columns = self.ledger.add_prompt_units(batch, start, units)
+        unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
+        unit_ids = unit_ids.repeat_interleave(units.sizes.flatten()).view(num_heads, -1)
+        self.index.write(batch, columns, self.policy.scorer.index(keys, values, unit_ids, num_units))
+
+    # ---- decoding ---------------------------------------------------------------------------------------------------
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self.check_finite(keys, values, [keys.shape[2]] * keys.shape[0])
+        self._commit_tail()
+        self._begin_decode()
+        self.reserve(max(self.ledger.lengths) + keys.shape[2])
+        inputs, due = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0])
+        if self._worth_doing(due):
+            self._select(inputs, due)
+        if query.shape[2] > 1:
+            self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
+        self.stats.count_step(self.ledger.counts)
+        return self.memory.attend(query, None if self._tail is None else (self._tail.keys, self._tail.values))
+
+    def _begin_decode(self) -> None:
+        if self.ledger.in_prompt:
+            self._reserve_output_units()
+            self.ledger.begin_decode()
+
+    def _reserve_output_units(self) -> None:
+        """Room for all units that the planned rows can still give, so that nothing is allocated while decoding."""
+        remaining = self.capacity - min(self.ledger.lengths) + self.ledger.window_size + self.ledger.max_size
+        self._reserve_units(self.ledger.most_closed() + remaining // self.ledger.min_size + 1)
+
+    def _reserve_units(self, num_units: int) -> None:
+        self.ledger.reserve_units(num_units)
+        self.index.reserve(num_units)
+
+    def _append(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[StepInputs, Tensor]:
+        """Trigger and ledger for one token of every sequence; says where a selection is due."""
+        inputs = StepInputs(query=query, layout=self.layout)
+        decision = self.policy.trigger.step(inputs, self._trigger_state)
+        self.ledger.advance(self.policy.units.boundary(inputs, decision, self._units_state))
+        self.memory.append(keys, values)
+        self._leave()
+        return inputs, decision.due
+
+    def _leave(self, length: Tensor | None = None) -> None:
+        """The oldest unit of each head that lies before the window enters the index, and the resident set while there is room."""
+        ledger = self.ledger
+        leaves, start, size = ledger.leaving(length)
+        if not self._worth_doing(leaves):
+            return
+        width = ledger.max_size
+        keys, values = self.memory.unit(start, width)
+        inside = torch.arange(width, device=keys.device) < size[..., None]
+        unit_ids = torch.where(inside, 0, 1).flatten(0, 1)
+        entries = self.policy.scorer.index(keys.flatten(0, 1), values.flatten(0, 1), unit_ids, 1)
+        self.index.append(ledger.num_units, entries)
+        room = (self.policy.selector.capacity - ledger.resident).clamp(min=0)
+        self.memory.leave(leaves, start, size, width, room)
+        ledger.release(leaves, size, torch.minimum(size, room))
+
+    def _select(self, inputs: StepInputs, due: Tensor) -> None:
+        ledger, policy = self.ledger, self.policy
+        num_units = max(1, ledger.visible_units())
+        sizes = ledger.unit_offsets[..., 1 : num_units + 1] - ledger.unit_offsets[..., :num_units]
+        scores = policy.scorer.score(inputs, self.index.view(num_units), sizes, ledger.num_units)
+        rows, count = policy.selector.select(scores, ledger.unit_offsets)
+        self.stats.count_selection(count, due)
+        self.memory.recall(rows, due)
+        ledger.set_resident(count, due)
+
+    def _worth_doing(self, mask: Tensor) -> bool:
+        """Whether a mask is set anywhere, where the host may look for free; elsewhere the work is predicated by the mask."""
+        return self.layout.device.type != "cpu" or bool(mask.any())
+
+    # ---- proposed tokens --------------------------------------------------------------------------------------------
+
+    def _commit_tail(self) -> None:
+        """What was proposed and not cropped is part of the text: it enters the ledger as if decoded one by one."""
+        tail, self._tail = self._tail, None
+        if tail is not None:
+            self._begin_decode()
+            self.reserve(max(self.ledger.lengths) + tail.num_tokens)
+            for token in range(tail.num_tokens):
+                self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token])
+
+    def crop(self, num_tokens: int) -> None:
+        num_tail = 0 if self._tail is None else self._tail.num_tokens
+        if self._tail is not None:
+            self._tail = self._tail.first(max(0, num_tail - num_tokens))
+        if num_tokens > num_tail:
+            self._rebuild([length - (num_tokens - num_tail) for length in self.ledger.lengths])
+
+    def _rebuild(self, lengths: list[int]) -> None:
+        """Forget everything but the first tokens of each sequence, which are taken in again as a prompt."""
+        longest = max(lengths)
+        keys, values = self._empty(longest)
+        for batch, (old, new) in enumerate(zip(self.ledger.lengths, lengths, strict=True)):
+            row_keys, row_values = self.memory.read(batch, old)
+            place = self.row_positions[batch, :, :old].argsort(-1)[:, :new, None].to(row_keys.device)
+            keys[batch, :, longest - new :] = row_keys.gather(1, place.expand(-1, -1, row_keys.shape[-1]))
+            values[batch, :, longest - new :] = row_values.gather(1, place.expand(-1, -1, row_values.shape[-1]))
+        self._forget()
+        self._take_in(keys, values, lengths)
+
+    def _empty(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        layout = self.layout
+        heads = (layout.batch_size, layout.num_kv_heads, num_tokens)
+        like = {"dtype": layout.dtype, "device": layout.device}
+        return torch.zeros(*heads, layout.head_dim, **like), torch.zeros(*heads, layout.value_dim, **like)
+
+    # ---- the whole --------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        self._forget()
+        self.stats.reset()
+        self.memory.clear_traffic()
+
+    def _forget(self) -> None:
+        self._tail = None
+        self.ledger.reset()
+        self.memory.reset()
+        self.row_positions.copy_(torch.arange(self.capacity))
+        self._trigger_state = self.policy.trigger.init(self.layout)
+        self._units_state = self.policy.units.init(self.layout)
+
+    def attended_positions(self, batch: int, head: int) -> Tensor:
+        positions = self.row_positions[batch, head][self.memory.attended_rows(batch, head)]
+        return positions.sort().values
+
+    def unit_sizes(self, *, prompt: bool) -> Tensor:
+        """Sizes of all closed prompt units, or of all closed segments, of every head; reads the device."""
+        offsets, closed = self.ledger.unit_offsets, self.ledger.num_closed
+        sizes = offsets[..., 1:-1] - offsets[..., :-2]
+        columns = torch.arange(sizes.shape[-1], device=sizes.device)
+        is_prompt = self.ledger.is_prompt_unit[..., : sizes.shape[-1]]
+        return sizes[(columns < closed[..., None]) & (is_prompt == prompt)].cpu()
+
+    def device_bytes(self) -> int:
+        return self.memory.device_bytes()
+
+    def host_bytes(self) -> int:
+        return self.memory.host_bytes()
+
+    def index_bytes(self) -> int:
+        return self.index.nbytes() + self.ledger.nbytes()
+
+
+def _make_memory(
+    layout: LayerLayout, policy: Policy, ledger: Ledger, capacity: int, execution: Execution, backend: Any
+) -> LayerMemory:
+    if execution == "offload":
+        store = policy.transfer.init(layout, capacity)
+        return SlotMemory(layout, ledger, store, policy.selector.capacity, backend or slot_attention)
+    if execution == "dense":
+        return DenseMemory(layout, ledger, capacity)
+    return ShadowMemory(layout, ledger, capacity)

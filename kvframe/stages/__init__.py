@@ -1,0 +1,31 @@
+"""The five slots: one abstract class each, and the trivial members."""
+
+from kvframe.stages.base import SLOTS, Slot, Stage
+from kvframe.stages.scorer import MeanKey, Scorer
+from kvframe.stages.selector import Selector, SelectNothing, TopBudget
+from kvframe.stages.transfer import HostPool, KeepOnDevice, Transfer
+from kvframe.stages.trigger import EveryStep, FixedStride, Never, Once, Trigger
+from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuilder
+
+__all__ = [
+    "SLOTS",
+    "DecoupledUnits",
+    "EveryStep",
+    "FixedStride",
+    "HostPool",
+    "KeepOnDevice",
+    "MeanKey",
+    "Never",
+    "Once",
+    "PageUnits",
+    "Scorer",
+    "SelectNothing",
+    "Selector",
+    "Slot",
+    "Stage",
+    "TokenUnits",
+    "TopBudget",
+    "Transfer",
+    "Trigger",
+    "UnitBuilder",
+]

@@ -1,0 +1,66 @@
+"""Slot four: which units, under which budget?"""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from kvframe.stages.base import Slot, Stage
+from kvframe.validators import integer
+
+
+class Selector(Stage):
+    """Turns scores into the rows that a head attends to, besides sinks and window."""
+
+    slot: ClassVar[Slot] = "selector"
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """The most rows that one head can get; slots are sized by it."""
+
+    @abstractmethod
+    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows for every head.
+
+        scores: [B, H, U], -inf where there is no unit; unit_offsets: int64 [B, H, >= U + 1], unit u is the rows
+        [unit_offsets[u], unit_offsets[u + 1]).
+        Returns (rows, count): int64 [B, H, capacity] with -1 behind the count, and int64 [B, H].
+        """
+
+
+@frozen(kw_only=True)
+class TopBudget(Selector):
+    """Units in score order until `token_budget` tokens are taken; the last unit is cut so that the budget is met exactly.
+
+    Ties go to the lower unit. The same budget for every head.
+    """
+
+    name: ClassVar[str] = "top-budget"
+    token_budget: int = field(default=1024, validator=integer(at_least=1))
+
+    @property
+    def capacity(self) -> int:
+        return self.token_budget
+
+    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
+        from kvframe_kernels.select_units import select_units
+
+        return select_units(scores, unit_offsets, self.token_budget)
+
+
+@frozen(kw_only=True)
+class SelectNothing(Selector):
+    """No rows at all: sinks and window alone."""
+
+    name: ClassVar[str] = "nothing"
+
+    @property
+    def capacity(self) -> int:
+        return 0
+
+    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.empty(*scores.shape[:2], 0, dtype=torch.int64, device=scores.device)
+        return rows, rows.new_zeros(scores.shape[:2])

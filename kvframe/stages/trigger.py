@@ -1,0 +1,108 @@
+"""Slot one: does this step select anew?"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from kvframe.stages.base import Slot, Stage
+from kvframe.types import Decision, LayerLayout, StepInputs
+from kvframe.validators import integer
+
+
+class Trigger(Stage):
+    """Decides, for every KV head of every sequence, whether a step selects anew. Decisions stay on the device."""
+
+    slot: ClassVar[Slot] = "trigger"
+
+    @abstractmethod
+    def init(self, layout: LayerLayout) -> Any:
+        """Running state of one layer."""
+
+    @abstractmethod
+    def begin(self, query: Tensor, state: Any) -> None:
+        """The prompt, or the next turn's text, has been read; `query` [B, Hq, D] is that of its last token."""
+
+    @abstractmethod
+    def step(self, inputs: StepInputs, state: Any) -> Decision:
+        """One generated token."""
+
+
+def _everywhere(value: bool, layout: LayerLayout) -> Tensor:
+    return torch.full((layout.batch_size, layout.num_kv_heads), value, dtype=torch.bool, device=layout.device)
+
+
+@frozen(kw_only=True)
+class EveryStep(Trigger):
+    """Select at every step, as Quest, ArkVale and ClusterKV do."""
+
+    name: ClassVar[str] = "every-step"
+
+    def init(self, layout: LayerLayout) -> Decision:
+        return Decision(due=_everywhere(True, layout))
+
+    def begin(self, query: Tensor, state: Decision) -> None:
+        pass
+
+    def step(self, inputs: StepInputs, state: Decision) -> Decision:
+        return state
+
+
+@frozen(kw_only=True)
+class Never(Trigger):
+    """Never select. Only sinks, window and what was resident before are attended."""
+
+    name: ClassVar[str] = "never"
+
+    def init(self, layout: LayerLayout) -> Decision:
+        return Decision(due=_everywhere(False, layout))
+
+    def begin(self, query: Tensor, state: Decision) -> None:
+        pass
+
+    def step(self, inputs: StepInputs, state: Decision) -> Decision:
+        return state
+
+
+@frozen(kw_only=True, eq=False)
+class _Counter:
+    steps: Tensor  # int64 [B, H], steps since the prompt or the last turn's text
+
+
+@frozen(kw_only=True)
+class FixedStride(Trigger):
+    """Select at the first step after the prompt and at every `stride`-th from there."""
+
+    name: ClassVar[str] = "fixed-stride"
+    stride: int = field(default=16, validator=integer(at_least=1))
+
+    def init(self, layout: LayerLayout) -> _Counter:
+        return _Counter(steps=_everywhere(False, layout).long())
+
+    def begin(self, query: Tensor, state: _Counter) -> None:
+        state.steps.zero_()
+
+    def step(self, inputs: StepInputs, state: _Counter) -> Decision:
+        due = state.steps % self.stride == 0
+        state.steps.add_(1)
+        return Decision(due=due)
+
+
+@frozen(kw_only=True)
+class Once(Trigger):
+    """Select at the first step after the prompt, or after a turn's text, and then no more."""
+
+    name: ClassVar[str] = "once"
+
+    def init(self, layout: LayerLayout) -> _Counter:
+        return _Counter(steps=_everywhere(False, layout).long())
+
+    def begin(self, query: Tensor, state: _Counter) -> None:
+        state.steps.zero_()
+
+    def step(self, inputs: StepInputs, state: _Counter) -> Decision:
+        due = state.steps == 0
+        state.steps.add_(1)
+        return Decision(due=due)

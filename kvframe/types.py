@@ -1,0 +1,108 @@
+"""Shapes and words, defined once.
+
+Letters used in every docstring:
+
+    B   batch rows (sequences)          T   tokens of a call
+    Hq  query heads (num_qo_heads)      U   units, padded to the largest head's number
+    H   key/value heads (num_kv_heads)  R   rows of the pool, one a token
+    G   query heads per KV head         C   resident slots (a selector's capacity)
+    D   width of a key, Dv of a value   N   attention slots: sinks | resident | ring
+
+A *position* counts the real tokens of one sequence from 0 (left padding does not count). A *row* is a token's place in the pool:
+its position, except inside a prompt block, whose tokens lie in unit order.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Literal
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+Execution = Literal["offload", "dense", "shadow"]
+
+
+@frozen(kw_only=True, eq=False)
+class LayerLayout:
+    """Shape and placement of one attention layer, as its first keys and values showed them."""
+
+    layer_idx: int
+    num_layers: int
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    sm_scale: float
+    rotate: Callable[[Tensor, int], Tensor] | None = None
+    """Turns post-RoPE queries [B, Hq, D] by a number of positions; None where the model's rotation is not known."""
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V in one KV head."""
+        return (self.head_dim + self.value_dim) * self.dtype.itemsize
+
+
+@frozen(kw_only=True)
+class ModelLayout:
+    """What is known of a model before its first forward pass."""
+
+    num_layers: int
+    retrieval_layers: tuple[int, ...]
+    """Layers a policy can manage: those with a full, growing KV cache."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+@frozen(kw_only=True, eq=False)
+class StepInputs:
+    """What stages see of one decode step. Fields may be added; a stage reads those it needs."""
+
+    query: Tensor
+    """[B, Hq, D], after RoPE: what attention sees."""
+    layout: LayerLayout
+
+
+@frozen(kw_only=True, eq=False)
+class Decision:
+    """A trigger's answer for one step."""
+
+    due: Tensor
+    """bool [B, H]: the heads that select anew in this step."""
+
+
+@frozen(kw_only=True, eq=False)
+class Units:
+    """Ragged units of a run of T tokens, for N heads at once."""
+
+    order: Tensor
+    """int64 [N, T]: the tokens in unit order; a permutation of range(T)."""
+    sizes: Tensor
+    """int64 [N, U]: tokens of each unit, zero behind the last unit of a head."""
+    num_units: Tensor = field()
+    """int64 [N]: units of each head."""
+
+    @num_units.default
+    def _count(self) -> Tensor:
+        return (self.sizes > 0).sum(-1)
+
+
+class Invariant(Enum):
+    """What a policy can promise. A stage that cannot keep one lists it in `waives`."""
+
+    UNITS_DISJOINT = "units are disjoint and cover every token that left the window"
+    NO_TOKEN_LOST = "no token is lost, and none is attended twice"
+    EXACT_BUDGET = "a selection fills the budget exactly when there is enough to take"
+    ALWAYS_ATTENDED = "sinks and window are attended at every step"
+    BYTES_COUNTED = "the bytes counted are the bytes moved"
+    RESIDENT_STAYS = "a row that is resident is never moved again"
+    RESET_REPEATS = "a second run on a reset cache equals the first"
+    ROW_INDEPENDENT = "a row's result depends neither on its neighbours in the batch nor on padding"

@@ -1,0 +1,41 @@
+"""Validators for stage and policy fields; each raises ConfigError with what was expected and what came."""
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from kvframe.errors import ConfigError
+
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def _where(instance: Any, attribute: "attrs.Attribute[Any]") -> str:
+    return f"{type(instance).__name__}.{attribute.name}"
+
+
+def integer(*, at_least: int) -> Validator:
+    """An int, not a bool, of at least this size."""
+
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise ConfigError(f"{_where(instance, attribute)} must be an integer >= {at_least}, got {value!r}")
+
+    return check
+
+
+def one_of(*choices: Any) -> Validator:
+    """One of a few values."""
+
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            known = ", ".join(repr(choice) for choice in choices)
+            raise ConfigError(f"{_where(instance, attribute)} must be one of {known}; got {value!r}")
+
+    return check
+
+
+def finite_number(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    """An int or float that is neither NaN nor infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise ConfigError(f"{_where(instance, attribute)} must be a finite number, got {value!r}")

@@ -1,0 +1,24 @@
+"""Full attention, nothing retrieved: the upper bound."""
+
+from attrs import frozen
+
+from kvframe.policy import Policy
+from kvframe.stages import KeepOnDevice, MeanKey, Never, SelectNothing, TokenUnits
+
+
+@frozen(kw_only=True)
+class FullConfig:
+    """Full attention: every layer keeps its whole KV on the device."""
+
+
+def build_full(config: FullConfig) -> Policy:
+    """Every layer is dense, so that the stages have nothing to do."""
+    return Policy(
+        name="full",
+        trigger=Never(),
+        units=TokenUnits(),
+        scorer=MeanKey(),
+        selector=SelectNothing(),
+        transfer=KeepOnDevice(),
+        dense_layers="all",
+    )

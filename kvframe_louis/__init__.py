@@ -1,0 +1,51 @@
+"""LouisKV (arXiv 2510.11292) as a plugin: semantic trigger, decoupled units, and the policies composed of them."""
+
+from collections.abc import Iterable
+
+from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
+from kvframe_louis.clusters import ClusterUnits
+from kvframe_louis.policy import (
+    LouisKVConfig,
+    LouisKVLongBothConfig,
+    LouisKVLongInputConfig,
+    LouisKVLongOutputConfig,
+    build_louiskv,
+)
+from kvframe_louis.segments import SegmentUnits
+from kvframe_louis.trigger import SemanticTrigger
+
+KVFRAME_API_VERSION = 1
+
+PAPER = "arXiv 2510.11292"
+
+__all__ = [
+    "ClusterUnits",
+    "LouisKVConfig",
+    "LouisKVLongBothConfig",
+    "LouisKVLongInputConfig",
+    "LouisKVLongOutputConfig",
+    "SegmentUnits",
+    "SemanticTrigger",
+    "build_louiskv",
+]
+
+
+@hookimpl
+def kvframe_stages() -> Iterable[StageSpec]:
+    """The stages that LouisKV adds to the core's."""
+    return [StageSpec(stage, paper=PAPER) for stage in (SemanticTrigger, ClusterUnits, SegmentUnits)]
+
+
+@hookimpl
+def kvframe_policies() -> Iterable[PolicySpec]:
+    """LouisKV, and its three published settings."""
+    configs = {
+        "louiskv": LouisKVConfig,
+        "louiskv-long-input": LouisKVLongInputConfig,
+        "louiskv-long-output": LouisKVLongOutputConfig,
+        "louiskv-long-both": LouisKVLongBothConfig,
+    }
+    return [
+        PolicySpec(name=name, config_cls=config_cls, build=build_louiskv, paper=PAPER)
+        for name, config_cls in configs.items()
+    ]

@@ -1,0 +1,101 @@
+"""The composition, its options, and its three published settings."""
+
+from typing import Literal
+
+from attrs import frozen
+
+from kvframe.policy import Policy
+from kvframe.stages import DecoupledUnits, HostPool, MeanKey, TopBudget
+from kvframe_louis.clusters import ClusterUnits
+from kvframe_louis.segments import SegmentUnits
+from kvframe_louis.trigger import SemanticTrigger
+
+
+@frozen(kw_only=True)
+class LouisKVConfig:
+    """LouisKV: retrieves at semantic boundaries; clusters for the prompt, segments for the output.
+
+    LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arXiv 2510.11292. Sinks and window come on top of
+    `token_budget`. The defaults are the paper's for long input with long output; where the paper is silent, each choice is an
+    option here or in the stages.
+    """
+
+    name: str = "louiskv"
+    token_budget: int = 1024
+    sink_size: int = 64
+    window_size: int = 256
+    tau: float | tuple[float, ...] = 0.7
+    """Similarity below which a step retrieves; a tuple has one for every layer."""
+    rope: Literal["after", "before"] = "after"
+    """Which queries the trigger compares: after the rotary embedding, or before it."""
+    trigger_heads: Literal["layer", "kv-head"] = "layer"
+    """One decision a layer, as in the paper, or one for every KV head."""
+    cluster_size: int = 16
+    """Tokens of an average prompt cluster."""
+    block_size: int = 8192
+    """Prompt tokens clustered at once."""
+    num_iterations: int = 10
+    """Iterations of k-means."""
+    split_factor: int = 4
+    """A cluster of more than this many times the average size is split."""
+    min_segment: int = 4
+    """An event closes an output segment only if that holds this many tokens."""
+    max_segment: int | None = None
+    """A segment of this many tokens is closed without an event; None stands for min(window_size / 2, 64)."""
+    size_term: bool = False
+    """Add log(unit size) to the scores."""
+    dense_layers: tuple[int, ...] | Literal["all"] = (0, 1)
+    """Layers that keep their whole KV on the device."""
+
+
+@frozen(kw_only=True)
+class LouisKVLongInputConfig(LouisKVConfig):
+    """LouisKV as published for long input and short output (LongBench)."""
+
+    name: str = "louiskv-long-input"
+    token_budget: int = 512
+    sink_size: int = 32
+    window_size: int = 512
+    tau: float | tuple[float, ...] = 0.85
+
+
+@frozen(kw_only=True)
+class LouisKVLongOutputConfig(LouisKVConfig):
+    """LouisKV as published for short input and long output (MATH500, GPQA, AIME)."""
+
+    name: str = "louiskv-long-output"
+    sink_size: int = 500
+    window_size: int = 128
+
+
+@frozen(kw_only=True)
+class LouisKVLongBothConfig(LouisKVConfig):
+    """LouisKV as published for long input and long output (LongReason)."""
+
+    name: str = "louiskv-long-both"
+
+
+def build_louiskv(config: LouisKVConfig) -> Policy:
+    """The policy that a config stands for."""
+    max_segment = config.max_segment
+    if max_segment is None:
+        max_segment = max(1, min(config.window_size // 2, 64))
+    return Policy(
+        name=config.name,
+        trigger=SemanticTrigger(tau=config.tau, rope=config.rope, heads=config.trigger_heads),
+        units=DecoupledUnits(
+            prompt=ClusterUnits(
+                cluster_size=config.cluster_size,
+                block_size=config.block_size,
+                num_iterations=config.num_iterations,
+                split_factor=config.split_factor,
+            ),
+            output=SegmentUnits(min_segment=config.min_segment, max_segment=max_segment),
+        ),
+        scorer=MeanKey(size_term=config.size_term),
+        selector=TopBudget(token_budget=config.token_budget),
+        transfer=HostPool(),
+        sink_size=config.sink_size,
+        window_size=config.window_size,
+        dense_layers=config.dense_layers,
+    )
