@@ -3,12 +3,12 @@
 import math
 
 import torch
-from kvframe_kernels.slot_attention import slot_attention
 from torch import Tensor
 
 from kvframe.attention import causal_attention
 from kvframe.layer import LayerRuntime
 from kvframe.types import LayerLayout
+from kvframe_kernels.slot_attention import slot_attention
 
 
 class DenseLayer(LayerRuntime):
@@ -16,10 +16,7 @@ class DenseLayer(LayerRuntime):
 
     def __init__(self, layout: LayerLayout, capacity: int) -> None:
         super().__init__(layout)
-        heads = (layout.batch_size, layout.num_kv_heads)
-        like = {"dtype": layout.dtype, "device": layout.device}
-        self._keys = torch.zeros(*heads, capacity, layout.head_dim, **like)
-        self._values = torch.zeros(*heads, capacity, layout.value_dim, **like)
+        self._keys, self._values = layout.zeros(capacity)
         self._lengths = [0] * layout.batch_size
 
     @property
@@ -29,9 +26,8 @@ class DenseLayer(LayerRuntime):
     def reserve(self, num_rows: int) -> None:
         missing = num_rows - self._keys.shape[2]
         if missing > 0:
-            heads = self._keys.shape[:2]
-            self._keys = torch.cat([self._keys, self._keys.new_zeros(*heads, missing, self.layout.head_dim)], 2)
-            self._values = torch.cat([self._values, self._values.new_zeros(*heads, missing, self.layout.value_dim)], 2)
+            keys, values = self.layout.zeros(missing)
+            self._keys, self._values = torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2)
 
     def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
         self._store(keys, values, num_real)

@@ -29,7 +29,8 @@ class LayerRuntime(ABC):
     def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
         """Tokens of a prompt, of a chunk of one, or of a turn's text: attended in full.
 
-        query: [B, Hq, T, D]; keys: [B, H, T, D]; values: [B, H, T, Dv]; the last `num_real[b]` of row b are not padding.
+        query: [B, Hq, T, D]; keys: [B, H, T, D]; values: [B, H, T, Dv]; the last `num_real[b]` of row b are not
+        padding.
         num_committed: tokens behind it are only proposed and may be cropped.
         Returns [B, Hq, T, Dv], zero at padding.
         """
@@ -63,7 +64,7 @@ class LayerRuntime(ABC):
         """Device memory held for finding units: summaries, boundaries and counters."""
 
     def check_finite(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
-        """Remember heads whose real keys or values are NaN or infinite; on a CPU, where looking is free, raise at once."""
+        """Remember heads with NaN or infinity among real keys or values; raise at once where looking is free."""
         finite = torch.isfinite(keys).all(-1) & torch.isfinite(values).all(-1)  # [B, H, T]
         if min(num_real) < keys.shape[2]:
             ages = torch.arange(keys.shape[2], 0, -1, device=keys.device)
@@ -79,6 +80,6 @@ class LayerRuntime(ABC):
         batch, head = (int(index) for index in (~self._finite).nonzero()[0])
         self._finite.fill_(True)
         raise NonFiniteError(
-            f"layer {self.layout.layer_idx}, KV head {head}, batch row {batch}: expected finite keys and values, got NaN or "
-            "infinity; check the model's dtype (bfloat16 has float32's range, float16 does not) and its weights"
+            f"layer {self.layout.layer_idx}, KV head {head}, batch row {batch}: expected finite keys and values, "
+            "got NaN or infinity; check the model's weights and its dtype (float16 has a small range, bfloat16 has not)"
         )

@@ -64,7 +64,7 @@ def fetch_smollm2(progress: Progress = lambda message: None) -> Path:
             _put(built, folder, Path(scratch))
     except OSError as error:
         raise ModelFilesError(
-            f"cannot write SmolLM2 to {folder}: {error}; free 1.5 GB there, or set KVFRAME_HOME to another directory"
+            f"cannot write SmolLM2 to {folder}: {error}; free 1 GB there, or set KVFRAME_HOME to another directory"
         ) from error
     progress(f"SmolLM2 is in {folder}")
     return folder

@@ -51,8 +51,8 @@ def _to_layers(value: Any) -> Any:
 class Policy:
     """Decides which KV a decode step attends to: sinks, at most `selector.capacity` retrieved tokens, and the window.
 
-    Immutable and comparable; `swap` gives a variant. Raises SlotError for a stage in the wrong slot and ConfigError for sizes that
-    cannot work.
+    Immutable and comparable; `swap` gives a variant. Raises SlotError for a stage in the wrong slot and ConfigError for
+    sizes that cannot work.
     """
 
     name: str = "custom"
@@ -79,8 +79,8 @@ class Policy:
         capacity, unit_size = self.selector.capacity, self.units.unit_size
         if 0 < capacity < unit_size:
             raise ConfigError(
-                f"a budget of {capacity} tokens is smaller than one unit: {self.units!r} makes units of {unit_size}; raise the "
-                "budget or make the units smaller"
+                f"a budget of {capacity} tokens is smaller than one unit: {self.units!r} makes units of {unit_size}; "
+                "raise the budget or make the units smaller"
             )
 
     def stage(self, slot: Slot) -> Stage:
@@ -145,7 +145,7 @@ class Policy:
 
 def _to_plain(value: Any) -> Any:
     if isinstance(value, Stage):
-        fields = {attribute.name: _to_plain(getattr(value, attribute.name)) for attribute in attrs.fields(type(value))}
+        fields = {attribute.name: _to_plain(getattr(value, attribute.name)) for attribute in attrs.fields(type(value))}  # type: ignore[arg-type]
         return {"slot": value.slot, "stage": value.name, **fields}
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]

@@ -130,8 +130,8 @@ class Report:
             ("retrieval rate", f"{self.retrieval_rate:.1%}{spread}"),
             (
                 "attended tokens",
-                f"{self.attended_total:.0f} = {self.attended_sinks:.0f} sinks + {self.attended_retrieved:.0f} retrieved + "
-                f"{self.attended_window:.0f} window",
+                f"{self.attended_total:.0f} = {self.attended_sinks:.0f} sinks + "
+                f"{self.attended_retrieved:.0f} retrieved + {self.attended_window:.0f} window",
             ),
             ("rows selected", f"{self.rows_selected:,}, of which {self.rows_recalled:,} had to be recalled"),
             ("resident hit rate", "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"),
@@ -221,7 +221,9 @@ def _layer_report(runtime: RetrievalLayer) -> LayerReport:
 def _count_sizes(runtimes: Sequence[RetrievalLayer], *, prompt: bool) -> dict[int, int]:
     if not runtimes:
         return {}
-    sizes, counts = torch.cat([runtime.unit_sizes(prompt=prompt) for runtime in runtimes]).unique(return_counts=True)
+    sizes, counts = torch.unique(
+        torch.cat([runtime.unit_sizes(prompt=prompt) for runtime in runtimes]), return_counts=True
+    )
     return {int(size): int(count) for size, count in zip(sizes, counts, strict=True)}
 
 

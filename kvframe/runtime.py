@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from attrs import define
-from kvframe_kernels.slot_attention import slot_attention
 from torch import Tensor
 
 from kvframe.attention import causal_attention
@@ -17,6 +16,7 @@ from kvframe.memory.slots import SlotMemory
 from kvframe.policy import Policy
 from kvframe.stats import RetrievalStats
 from kvframe.types import Execution, LayerLayout, StepInputs
+from kvframe_kernels.slot_attention import slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -208,7 +208,8 @@ class RetrievalLayer(LayerRuntime):
         return inputs, decision.due
 
     def _leave(self, length: Tensor | None = None) -> None:
-        """The oldest unit of each head that lies before the window enters the index, and the resident set while there is room."""
+        """The oldest unit of each head that lies before the window enters the index, and the resident set while there
+        is room."""
         ledger = self.ledger
         leaves, start, size = ledger.leaving(length)
         if not self._worth_doing(leaves):
@@ -234,7 +235,8 @@ class RetrievalLayer(LayerRuntime):
         ledger.set_resident(count, due)
 
     def _worth_doing(self, mask: Tensor) -> bool:
-        """Whether a mask is set anywhere, where the host may look for free; elsewhere the work is predicated by the mask."""
+        """Whether a mask is set anywhere, where the host may look for free; elsewhere the work is predicated by the
+        mask."""
         return self.layout.device.type != "cpu" or bool(mask.any())
 
     # ---- proposed tokens --------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class RetrievalLayer(LayerRuntime):
     def _rebuild(self, lengths: list[int]) -> None:
         """Forget everything but the first tokens of each sequence, which are taken in again as a prompt."""
         longest = max(lengths)
-        keys, values = self._empty(longest)
+        keys, values = self.layout.zeros(longest)
         for batch, (old, new) in enumerate(zip(self.ledger.lengths, lengths, strict=True)):
             row_keys, row_values = self.memory.read(batch, old)
             place = self.row_positions[batch, :, :old].argsort(-1)[:, :new, None].to(row_keys.device)
@@ -266,12 +268,6 @@ class RetrievalLayer(LayerRuntime):
             values[batch, :, longest - new :] = row_values.gather(1, place.expand(-1, -1, row_values.shape[-1]))
         self._forget()
         self._take_in(keys, values, lengths)
-
-    def _empty(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        layout = self.layout
-        heads = (layout.batch_size, layout.num_kv_heads, num_tokens)
-        like = {"dtype": layout.dtype, "device": layout.device}
-        return torch.zeros(*heads, layout.head_dim, **like), torch.zeros(*heads, layout.value_dim, **like)
 
     # ---- the whole --------------------------------------------------------------------------------------------------
 

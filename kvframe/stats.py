@@ -1,10 +1,10 @@
 """Counters of one retrieval layer, device tensors that nobody reads during decoding."""
 
 import torch
-from kvframe_kernels.append_token import NUM_COUNTS
 from torch import Tensor
 
 from kvframe.types import LayerLayout
+from kvframe_kernels.append_token import NUM_COUNTS
 
 
 class RetrievalStats:

@@ -8,8 +8,8 @@ Letters used in every docstring:
     G   query heads per KV head         C   resident slots (a selector's capacity)
     D   width of a key, Dv of a value   N   attention slots: sinks | resident | ring
 
-A *position* counts the real tokens of one sequence from 0 (left padding does not count). A *row* is a token's place in the pool:
-its position, except inside a prompt block, whose tokens lie in unit order.
+A *position* counts the real tokens of one sequence from 0 (left padding does not count). A *row* is a token's place in
+the pool: its position, except inside a prompt block, whose tokens lie in unit order.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,14 @@ class LayerLayout:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_qo_heads // self.num_kv_heads
+
+    def zeros(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, num_tokens, D] and values [B, H, num_tokens, Dv], all zero, on the device."""
+        heads = (self.batch_size, self.num_kv_heads, num_tokens)
+        return (
+            torch.zeros(*heads, self.head_dim, dtype=self.dtype, device=self.device),
+            torch.zeros(*heads, self.value_dim, dtype=self.dtype, device=self.device),
+        )
 
     @property
     def row_bytes(self) -> int:

@@ -12,8 +12,8 @@ from kvframe.stages import EveryStep, HostPool, MeanKey, TokenUnits, TopBudget
 class OracleTopKConfig:
     """Exact attention scores of single tokens, selected anew at every step.
 
-    Not a way to save memory: the index holds every key. The score of a token is its share of the softmax over all tokens outside
-    sinks and window, meaned over the query heads of a group.
+    Not a way to save memory: the index holds every key. The score of a token is its share of the softmax over all
+    tokens outside sinks and window, meaned over the query heads of a group.
     """
 
     token_budget: int = 1024

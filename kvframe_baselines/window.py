@@ -12,8 +12,8 @@ from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
 class WindowConfig:
     """Sinks and recent tokens; nothing comes back.
 
-    What StreamingLLM (arXiv 2309.17453) attends to, at the original positions. Older KV goes to the host all the same, so that later
-    turns can attend to it in full.
+    What StreamingLLM (arXiv 2309.17453) attends to, at the original positions. Older KV goes to the host all the same,
+    so that later turns can attend to it in full.
     """
 
     sink_size: int = 64

@@ -4,21 +4,22 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen
-from kvframe_kernels.kmeans import kmeans
 from torch import Tensor
 
 from kvframe.stages import UnitBuilder
 from kvframe.types import Decision, LayerLayout, StepInputs, Units
 from kvframe.validators import integer
+from kvframe_kernels.kmeans import kmeans
 
 
 @frozen(kw_only=True)
 class ClusterUnits(UnitBuilder):
     """k-means clusters of the prompt's keys, for every KV head on its own; never clustered again.
 
-    Spherical: mean-centred keys, cosine assignment, seeds at evenly spaced tokens, so that the same prompt always gives the same
-    clusters (as in ClusterKV, arXiv 2412.03213, and RetroInfer, arXiv 2505.02922). The prompt is clustered in blocks, which makes the cost
-    linear in its length. What comes after the prompt is cut into runs of `cluster_size` tokens.
+    Spherical: mean-centred keys, cosine assignment, seeds at evenly spaced tokens, so that the same prompt always gives
+    the same clusters (as in ClusterKV, arXiv 2412.03213, and RetroInfer, arXiv 2505.02922). The prompt is clustered in
+    blocks, which makes the cost linear in its length. What comes after the prompt is cut into runs of `cluster_size`
+    tokens.
     """
 
     name: ClassVar[str] = "clusters"

@@ -15,9 +15,9 @@ from kvframe_louis.trigger import SemanticTrigger
 class LouisKVConfig:
     """LouisKV: retrieves at semantic boundaries; clusters for the prompt, segments for the output.
 
-    LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arXiv 2510.11292. Sinks and window come on top of
-    `token_budget`. The defaults are the paper's for long input with long output; where the paper is silent, each choice is an
-    option here or in the stages.
+    LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arXiv 2510.11292. Sinks and window come
+    on top of `token_budget`. The defaults are the paper's for long input with long output; where the paper is silent,
+    each choice is an option here or in the stages.
     """
 
     name: str = "louiskv"

@@ -13,11 +13,12 @@ from kvframe.validators import integer
 
 @frozen(kw_only=True)
 class SegmentUnits(UnitBuilder):
-    """Contiguous runs of generated tokens, cut where the trigger is due: the segment ends before that token (arXiv 2510.11292).
+    """Contiguous runs of generated tokens, cut where the trigger is due: the segment ends before that token (arXiv
+    2510.11292).
 
-    An event closes a segment only if that holds `min_segment` tokens; otherwise it goes on growing, so that of two events in a row
-    the second closes none. A segment of `max_segment` tokens is closed without an event. A prompt, where these units are used
-    for it, is cut into runs of `max_segment`.
+    An event closes a segment only if that holds `min_segment` tokens; otherwise it goes on growing, so that of two
+    events in a row the second closes none. A segment of `max_segment` tokens is closed without an event. A prompt,
+    where these units are used for it, is cut into runs of `max_segment`.
     """
 
     name: ClassVar[str] = "segments"

@@ -4,13 +4,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import define, field, frozen
-from kvframe_kernels.query_similarity import query_similarity
 from torch import Tensor
 
 from kvframe.errors import ConfigError
 from kvframe.stages import Trigger
 from kvframe.types import Decision, LayerLayout, StepInputs
 from kvframe.validators import finite_number, one_of
+from kvframe_kernels.query_similarity import query_similarity
 
 
 @define(eq=False)
@@ -30,9 +30,9 @@ def _to_tau(value: Any) -> Any:
 class SemanticTrigger(Trigger):
     """LouisKV's trigger: r_t = mean over query heads of cos(q_{t-1}, q_t), due where r_t < tau.
 
-    The first step after the prompt, or after a turn's text, is always due. tau = -1 leaves only that step, tau > 1 takes every step.
-    LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arXiv 2510.11292. The paper sets one tau
-    per model; `kvframe calibrate` finds one per model or per layer from unlabelled text.
+    The first step after the prompt, or after a turn's text, is always due. tau = -1 leaves only that step, tau > 1
+    takes every step. LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arXiv 2510.11292. The
+    paper sets one tau per model; `kvframe calibrate` finds one per model or per layer from unlabelled text.
     """
 
     name: ClassVar[str] = "semantic"
@@ -54,13 +54,13 @@ class SemanticTrigger(Trigger):
         """Raises ConfigError where tau does not fit the model, or the queries before RoPE cannot be had."""
         if isinstance(self.tau, tuple) and len(self.tau) != layout.num_layers:
             raise ConfigError(
-                f"SemanticTrigger.tau has {len(self.tau)} values, the model has {layout.num_layers} layers; calibrate it for this "
-                "model, or give one number"
+                f"SemanticTrigger.tau has {len(self.tau)} values, the model has {layout.num_layers} layers; "
+                "calibrate it for this model, or give one number"
             )
         if self.rope == "before" and layout.rotate is None:
             raise ConfigError(
-                "SemanticTrigger(rope='before') needs a model whose rotary embedding kvframe can undo, and this one's it cannot; "
-                "use rope='after'"
+                "SemanticTrigger(rope='before') needs a model whose rotary embedding kvframe can undo, and this one's "
+                "it cannot; use rope='after'"
             )
         shape = (layout.batch_size, layout.num_qo_heads, layout.head_dim)
         return SemanticState(

@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import kvframe
+
 REPO = Path(__file__).resolve().parent.parent
 PACKAGES = {"kvframe", "kvframe_baselines", "kvframe_kernels", "kvframe_louis"}
 SOURCES = [REPO / "kernels" / name if name == "kvframe_kernels" else REPO / name for name in sorted(PACKAGES)]
@@ -169,6 +171,11 @@ def test_import_leaves_heavy_packages_unloaded(module: str) -> None:
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_package_tells_the_version_of_the_project() -> None:
+    """The version that the package tells is the one in pyproject.toml."""
+    assert kvframe.__version__ == PROJECT["version"]
 
 
 def test_constraints_are_plain_exact_pins() -> None:

@@ -31,7 +31,7 @@ def relative_rotation(decoder: Any) -> Callable[[Tensor, int], Tensor] | None:
 
     try:
         return place if _adds_up(place, decoder) else None
-    except Exception:  # noqa: BLE001 - another calling convention: the rotation stays unknown
+    except Exception:
         return None
 
 

@@ -71,7 +71,7 @@ def _module_reason(model: PreTrainedModel) -> str | None:
 def _layer_reason(config: Any) -> str | None:
     try:
         layers = stock_layers(config)
-    except Exception as error:  # noqa: BLE001 - any config that transformers cannot build a cache for is one we cannot either
+    except Exception as error:
         return f"transformers builds no dynamic cache for its config ({type(error).__name__}: {error})"
     if not layers:
         return (

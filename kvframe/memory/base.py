@@ -10,8 +10,8 @@ from kvframe.memory.pool import Traffic
 class LayerMemory(ABC):
     """Holds the KV of one retrieval layer, and knows which of it attention sees.
 
-    Two of them run the same ledger and the same stages: `SlotMemory` (resident slots and a store behind them) and `DenseMemory`
-    (everything on the device, attention under a mask).
+    Two of them run the same ledger and the same stages: `SlotMemory` (resident slots and a store behind them) and
+    `DenseMemory` (everything on the device, attention under a mask).
     """
 
     @property

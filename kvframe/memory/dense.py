@@ -3,29 +3,27 @@
 import math
 
 import torch
-from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
 from torch import Tensor
 
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.ledger import LENGTH, Ledger
 from kvframe.memory.pool import Traffic
 from kvframe.types import LayerLayout
+from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
 
 
 class DenseMemory(LayerMemory):
     """Keys and values [B, H, R, ...] by row, and a mask of the resident rows.
 
-    Nothing here is clever: what attention sees is a mask over all rows, made from the ledger's counts. That makes it the standard
-    against which `SlotMemory` is held.
+    Nothing here is clever: what attention sees is a mask over all rows, made from the ledger's counts. That makes it
+    the standard against which `SlotMemory` is held.
     """
 
     def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int) -> None:
         self._layout = layout
         self._ledger = ledger
         heads = (layout.batch_size, layout.num_kv_heads)
-        like = {"dtype": layout.dtype, "device": layout.device}
-        self.keys = torch.zeros(*heads, num_rows, layout.head_dim, **like)
-        self.values = torch.zeros(*heads, num_rows, layout.value_dim, **like)
+        self.keys, self.values = layout.zeros(num_rows)
         self.resident = torch.zeros(*heads, num_rows, dtype=torch.bool, device=layout.device)
         self._traffic = Traffic(rows_recalled=torch.zeros(heads, dtype=torch.int64, device=layout.device))
 
@@ -36,10 +34,10 @@ class DenseMemory(LayerMemory):
     def reserve(self, num_rows: int) -> None:
         missing = num_rows - self.keys.shape[2]
         if missing > 0:
-            heads = self.keys.shape[:2]
-            self.keys = torch.cat([self.keys, self.keys.new_zeros(*heads, missing, self._layout.head_dim)], 2)
-            self.values = torch.cat([self.values, self.values.new_zeros(*heads, missing, self._layout.value_dim)], 2)
-            self.resident = torch.cat([self.resident, self.resident.new_zeros(*heads, missing)], 2)
+            keys, values = self._layout.zeros(missing)
+            self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+            more = self.resident.new_zeros(*self.resident.shape[:2], missing)
+            self.resident = torch.cat([self.resident, more], 2)
 
     def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
         return self.keys[batch, :, :stop], self.values[batch, :, :stop]
@@ -128,8 +126,9 @@ class DenseMemory(LayerMemory):
 class ShadowMemory(DenseMemory):
     """Full attention drives; the policy is only watched.
 
-    `captured_mass` and `oracle_recall` add up, over steps, the share of the full softmax that the attended rows hold, and the
-    share of the oracle's rows (the top ones, as many as are attended) that are attended; mean over the query heads of a group.
+    `captured_mass` and `oracle_recall` add up, over steps, the share of the full softmax that the attended rows hold,
+    and the share of the oracle's rows (the top ones, as many as are attended) that are attended; mean over the query
+    heads of a group.
     """
 
     def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int) -> None:

@@ -1,6 +1,9 @@
 """Who lies where: the counters and unit boundaries of one layer."""
 
 import torch
+from torch import Tensor
+
+from kvframe.types import LayerLayout, Units
 from kvframe_kernels.append_token import (
     CLOSED,
     LENGTH,
@@ -13,9 +16,6 @@ from kvframe_kernels.append_token import (
     advance_ledger,
     find_leaving,
 )
-from torch import Tensor
-
-from kvframe.types import LayerLayout, Units
 
 
 class Ledger:
@@ -23,10 +23,10 @@ class Ledger:
 
     Only the number of tokens of each sequence is known to the host as well: one more for every token.
 
-    Units tile the rows from the sinks to the window without a gap, so that one offset a unit says where it lies. Units of index
-    [0, UNITS) have left the window and can be selected, those of [UNITS, CLOSED) have a fixed end but still lie in the
-    window, and the open unit takes the next token. While a prompt is read, the open unit is all of the window that is not yet
-    cut; `begin_decode` cuts it.
+    Units tile the rows from the sinks to the window without a gap, so that one offset a unit says where it lies. Units
+    of index [0, UNITS) have left the window and can be selected, those of [UNITS, CLOSED) have a fixed end but still
+    lie in the window, and the open unit takes the next token. While a prompt is read, the open unit is all of the
+    window that is not yet cut; `begin_decode` cuts it.
     """
 
     def __init__(self, layout: LayerLayout, *, sink_size: int, window_size: int, min_size: int, max_size: int) -> None:
@@ -87,7 +87,8 @@ class Ledger:
         return columns
 
     def finish_prompt(self, batch: int, num_tokens: int, block_stop: int) -> None:
-        """`num_tokens` more tokens of one sequence are stored; its window starts at `block_stop` or at an older unit."""
+        """`num_tokens` more tokens of one sequence are stored; its window starts at `block_stop` or at an older
+        unit."""
         self.lengths[batch] += num_tokens
         self.open_starts[batch] = block_stop
         length, counts = self.lengths[batch], self.counts[:, batch]
@@ -161,7 +162,8 @@ class Ledger:
         return self.counts[RESIDENT]
 
     def visible_units(self) -> int:
-        """Columns of the index worth reading: exact where the host may look for free, otherwise all there is room for."""
+        """Columns of the index worth reading: exact where the host may look for free, otherwise all there is room
+        for."""
         if self.layout.device.type == "cpu":
             return int(self.counts[UNITS].max())
         return self.max_units

@@ -4,21 +4,21 @@ import math
 from typing import Any
 
 import torch
-from kvframe_kernels.select_units import resident_difference
 from torch import Tensor
 
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.ledger import LENGTH, Ledger
 from kvframe.memory.pool import RowStore, Traffic
 from kvframe.types import LayerLayout
+from kvframe_kernels.select_units import resident_difference
 
 
 class SlotMemory(LayerMemory):
     """Slots [B, H, sinks | resident | ring, D], sized once.
 
-    The token at position p is slot p while it is a sink, and slot p modulo the ring's size, inside the ring, while it lies in the
-    window. A resident row may lie in any resident slot. `bias` [B, H, N] is 0 in a slot that holds something and -inf in an
-    empty one; attention adds it.
+    The token at position p is slot p while it is a sink, and slot p modulo the ring's size, inside the ring, while it
+    lies in the window. A resident row may lie in any resident slot. `bias` [B, H, N] is 0 in a slot that holds
+    something and -inf in an empty one; attention adds it.
     """
 
     def __init__(self, layout: LayerLayout, ledger: Ledger, store: RowStore, capacity: int, attention: Any) -> None:
@@ -30,10 +30,8 @@ class SlotMemory(LayerMemory):
         self._ring_first = ledger.sink_size + capacity
         self._ring_size = ledger.window_size + ledger.max_size
         heads, num_slots = (layout.batch_size, layout.num_kv_heads), self._ring_first + self._ring_size
-        like = {"dtype": layout.dtype, "device": layout.device}
-        self.k_slots = torch.zeros(*heads, num_slots, layout.head_dim, **like)
-        self.v_slots = torch.zeros(*heads, num_slots, layout.value_dim, **like)
-        self.bias = torch.full((*heads, num_slots), -math.inf, **like)
+        self.k_slots, self.v_slots = layout.zeros(num_slots)
+        self.bias = torch.full((*heads, num_slots), -math.inf, dtype=layout.dtype, device=layout.device)
         self.resident_rows = torch.full((*heads, capacity), -1, dtype=torch.int64, device=layout.device)
 
     @property
@@ -130,14 +128,16 @@ class SlotMemory(LayerMemory):
     def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
         sm_scale = self._layout.sm_scale
         if tail is None:
-            return self._attention(query, self.k_slots, self.v_slots, self.bias, sm_scale)[0]
+            out: Tensor = self._attention(query, self.k_slots, self.v_slots, self.bias, sm_scale)[0]
+            return out
         keys, values = torch.cat([self.k_slots, tail[0]], 2), torch.cat([self.v_slots, tail[1]], 2)
         num_queries, num_tail = query.shape[2], tail[0].shape[2]
         hidden = torch.ones(num_queries, num_tail, dtype=torch.bool, device=query.device).triu()
         causal = self.bias.new_zeros(num_queries, num_tail).masked_fill(hidden, -math.inf)
         heads = self.bias.shape[:2]
         bias = torch.cat([self.bias[:, :, None].expand(*heads, num_queries, -1), causal.expand(*heads, -1, -1)], dim=-1)
-        return self._attention(query, keys, values, bias, sm_scale)[0]
+        out = self._attention(query, keys, values, bias, sm_scale)[0]
+        return out
 
     def attended_rows(self, batch: int, head: int) -> Tensor:
         ledger = self._ledger

@@ -2,7 +2,7 @@
 
 from kvframe.stages.base import SLOTS, Slot, Stage
 from kvframe.stages.scorer import MeanKey, Scorer
-from kvframe.stages.selector import Selector, SelectNothing, TopBudget
+from kvframe.stages.selector import SelectNothing, Selector, TopBudget
 from kvframe.stages.transfer import HostPool, KeepOnDevice, Transfer
 from kvframe.stages.trigger import EveryStep, FixedStride, Never, Once, Trigger
 from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuilder

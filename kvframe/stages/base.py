@@ -12,8 +12,8 @@ SLOTS: tuple[Slot, ...] = ("trigger", "units", "scorer", "selector", "transfer")
 class Stage(ABC):
     """An immutable setting of one slot; it is its own config.
 
-    A final stage is an `attrs.frozen(kw_only=True)` class. Running state is made by `init` and handed back to every call; its
-    tensors are updated in place, so that a captured CUDA graph stays valid.
+    A final stage is an `attrs.frozen(kw_only=True)` class. Running state is made by `init` and handed back to every
+    call; its tensors are updated in place, so that a captured CUDA graph stays valid.
     """
 
     slot: ClassVar[Slot]

@@ -41,8 +41,9 @@ class Scorer(Stage):
 class MeanKey(Scorer):
     """Scaled product of the query with a unit's mean key, made one score per KV head.
 
-    With the defaults this is the group-consistent score of LouisKV (arXiv 2510.11292): softmax over the units for every query
-    head, then the mean over the heads that share a KV head. For units of one token it is the exact attention score.
+    With the defaults this is the group-consistent score of LouisKV (arXiv 2510.11292): softmax over the units for every
+    query head, then the mean over the heads that share a KV head. For units of one token it is the exact attention
+    score.
     """
 
     name: ClassVar[str] = "mean-key"

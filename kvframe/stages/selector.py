@@ -33,7 +33,8 @@ class Selector(Stage):
 
 @frozen(kw_only=True)
 class TopBudget(Selector):
-    """Units in score order until `token_budget` tokens are taken; the last unit is cut so that the budget is met exactly.
+    """Units in score order until `token_budget` tokens are taken; the last unit is cut so that the budget is met
+    exactly.
 
     Ties go to the lower unit. The same budget for every head.
     """

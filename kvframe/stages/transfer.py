@@ -12,7 +12,8 @@ from kvframe.types import LayerLayout
 
 
 class Transfer(Stage):
-    """Chooses the store behind the resident slots. The store moves rows; the runtime asks it only for what is missing."""
+    """Chooses the store behind the resident slots. The store moves rows; the runtime asks it only for what is
+    missing."""
 
     slot: ClassVar[Slot] = "transfer"
 

@@ -16,8 +16,9 @@ from kvframe.validators import integer
 class UnitBuilder(Stage):
     """Cuts the prompt, and the tokens that follow it, into retrieval units; each KV head of each sequence on its own.
 
-    Every token that leaves the window belongs to exactly one unit. Prompt units may take their tokens from anywhere in a block;
-    units of later tokens are contiguous, because their boundaries are fixed while they still lie in the window.
+    Every token that leaves the window belongs to exactly one unit. Prompt units may take their tokens from anywhere in
+    a block; units of later tokens are contiguous, because their boundaries are fixed while they still lie in the
+    window.
     """
 
     slot: ClassVar[Slot] = "units"

@@ -4,7 +4,6 @@ The counters of one layer are one tensor, int64 [NUM_COUNTS, B, H]: a kernel tak
 accumulates all of them for the report.
 """
 
-import torch
 from torch import Tensor
 
 LENGTH = 0  # tokens of the row so far; the next token's position
@@ -24,8 +23,8 @@ def advance_ledger_reference(
 
     counts: int64 [NUM_COUNTS, B, H]; unit_offsets: int64 [B, H, max_units + 1], closed unit u is the rows
     [unit_offsets[u], unit_offsets[u + 1]).
-    cut: bool [B, H], a boundary before this token; it closes the unit only if that holds `min_size` tokens, otherwise the unit
-    goes on growing. None where nothing is due anywhere.
+    cut: bool [B, H], a boundary before this token; it closes the unit only if that holds `min_size` tokens, otherwise
+    the unit goes on growing. None where nothing is due anywhere.
     """
     length, sinks, window = counts[LENGTH], counts[SINKS], counts[WINDOW]
     open_size, closed = counts[OPEN], counts[CLOSED]

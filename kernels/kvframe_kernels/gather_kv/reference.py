@@ -6,7 +6,8 @@ from torch import Tensor
 def gather_kv_reference(pool: Tensor, incoming: Tensor, first_row: int, k_slots: Tensor, v_slots: Tensor) -> None:
     """Copy the rows that `incoming` names out of one slab of the pool into their slots, in place.
 
-    pool: [B, H, R, D + Dv], K and V of a token adjacent, on the host or the device; it holds the rows from `first_row` on.
+    pool: [B, H, R, D + Dv], K and V of a token adjacent, on the host or the device; it holds the rows from `first_row`
+    on.
     incoming: int64 [B, H, C], the row for each slot; a row outside this slab (-1 included) leaves its slot as it is.
     k_slots: [B, H, C, D], v_slots: [B, H, C, Dv]: views of the resident slots.
     """

@@ -14,16 +14,16 @@ def kmeans_reference(
     """Cluster mean-centred keys by cosine similarity; split what grew too large.
 
     keys: [N, T, D], N independent problems.
-    Seeds are `num_clusters` evenly spaced tokens, so the same keys always give the same clusters. An empty cluster keeps its
-    direction during the iterations and is left out of the result. A cluster of more than `max_cluster_size` tokens is cut into
-    equal parts.
+    Seeds are `num_clusters` evenly spaced tokens, so the same keys always give the same clusters. An empty cluster
+    keeps its direction during the iterations and is left out of the result. A cluster of more than `max_cluster_size`
+    tokens is cut into equal parts.
 
     Returns (order, sizes, num_units):
     order: int64 [N, T], tokens in unit order, ascending inside a unit;
     sizes: int64 [N, U] with U = num_clusters + T // max_cluster_size, zero behind the last unit;
     num_units: int64 [N].
     """
-    num_problems, num_tokens, _ = keys.shape
+    num_tokens = keys.shape[1]
     points = keys.to(torch.promote_types(keys.dtype, torch.float32))
     points = F.normalize(points - points.mean(1, keepdim=True), dim=-1)
     seeds = torch.arange(num_clusters, device=keys.device) * num_tokens // num_clusters
@@ -38,7 +38,8 @@ def kmeans_reference(
 def _assign(points: Tensor, centroids: Tensor) -> Tensor:
     """Index of the most similar centroid, [N, T]."""
     similar = centroids.transpose(1, 2)
-    return torch.cat([torch.matmul(tile, similar).argmax(-1) for tile in points.split(_TILE, dim=1)], dim=1)
+    tiles = (points[:, start : start + _TILE] for start in range(0, points.shape[1], _TILE))
+    return torch.cat([torch.matmul(tile, similar).argmax(-1) for tile in tiles], dim=1)
 
 
 def _update(points: Tensor, assignment: Tensor, centroids: Tensor) -> Tensor:

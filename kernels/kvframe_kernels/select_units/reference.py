@@ -32,10 +32,10 @@ def resident_difference_reference(
 ) -> tuple[Tensor, Tensor]:
     """Keep the resident rows that are wanted; put the i-th missing row into the i-th free slot.
 
-    resident_rows: int64 [B, H, C], the row in each slot, -1 in an empty one; rows: int64 [B, H, C], the wanted rows, -1 behind
-    the last; due: bool [B, H], where nothing is due nothing changes; num_rows: rows of the pool.
-    Returns (resident_rows, incoming), int64 [B, H, C] each: the new contents, and for every slot the row that must be loaded
-    into it, -1 where the slot stays as it is.
+    resident_rows: int64 [B, H, C], the row in each slot, -1 in an empty one; rows: int64 [B, H, C], the wanted rows, -1
+    behind the last; due: bool [B, H], where nothing is due nothing changes; num_rows: rows of the pool.
+    Returns (resident_rows, incoming), int64 [B, H, C] each: the new contents, and for every slot the row that must be
+    loaded into it, -1 where the slot stays as it is.
     """
     # Column num_rows collects the -1 entries, so that no row is marked by an empty slot.
     wanted = _mark(rows, num_rows)

@@ -16,7 +16,8 @@ def slot_attention_reference(
     """Attention of T queries over slots, each KV head with its own contents.
 
     query: [B, Hq, T, D]; k_slots: [B, H, N, D]; v_slots: [B, H, N, Dv].
-    bias: added to the scaled products, [B, H, N], or [B, H, T, N] where the queries see different slots; -inf marks an empty slot.
+    bias: added to the scaled products, [B, H, N], or [B, H, T, N] where the queries see different slots; -inf marks an
+    empty slot.
     extra: a partial result (out [B, Hq, T, Dv], lse [B, Hq, T]) over other entries, merged by its log-sum-exp.
     Returns (out [B, Hq, T, Dv] in the query's dtype, lse [B, Hq, T] in at least float32).
     """
