@@ -59,7 +59,8 @@ class RetrievalLayer(LayerRuntime):
             max_size=policy.units.max_size,
         )
         self.memory = _make_memory(layout, policy, self.ledger, capacity, execution, backend)
-        self.index = UnitIndex(layout, policy.scorer)
+        # Where nothing can be selected, nothing is scored.
+        self._index = UnitIndex(layout, policy.scorer) if policy.selector.capacity else None
         self.stats = RetrievalStats(layout)
         # Position of every row; prompt blocks permute theirs. No step needs it, so it stays on the host.
         self.row_positions = torch.arange(capacity).repeat(layout.batch_size, layout.num_kv_heads, 1)
@@ -165,9 +166,10 @@ class RetrievalLayer(LayerRuntime):
         num_heads, num_units = units.sizes.shape
         self._reserve_units(self.ledger.most_closed() + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
-        unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
-        unit_ids = unit_ids.repeat_interleave(units.sizes.flatten()).view(num_heads, -1)
-        self.index.write(batch, columns, self.policy.scorer.index(keys, values, unit_ids, num_units))
+        if self._index is not None:
+            unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
+            unit_ids = unit_ids.repeat_interleave(units.sizes.flatten()).view(num_heads, -1)
+            self._index.write(batch, columns, self.policy.scorer.index(keys, values, unit_ids, num_units))
 
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
@@ -177,8 +179,8 @@ class RetrievalLayer(LayerRuntime):
         self._begin_decode()
         self.reserve(max(self.ledger.lengths) + keys.shape[2])
         inputs, due = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0])
-        if self._worth_doing(due):
-            self._select(inputs, due)
+        if self._index is not None and self._worth_doing(due):
+            self._select(self._index, inputs, due)
         if query.shape[2] > 1:
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.count_step(self.ledger.counts)
@@ -196,7 +198,8 @@ class RetrievalLayer(LayerRuntime):
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
-        self.index.reserve(num_units)
+        if self._index is not None:
+            self._index.reserve(num_units)
 
     def _append(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[StepInputs, Tensor]:
         """Trigger and ledger for one token of every sequence; says where a selection is due."""
@@ -214,21 +217,26 @@ class RetrievalLayer(LayerRuntime):
         leaves, start, size = ledger.leaving(length)
         if not self._worth_doing(leaves):
             return
-        width = ledger.max_size
+        if self._index is not None:
+            self._index_unit(self._index, start, size)
+        room = (self.policy.selector.capacity - ledger.resident).clamp(min=0)
+        self.memory.leave(leaves, start, size, ledger.max_size, room)
+        ledger.release(leaves, size, torch.minimum(size, room))
+
+    def _index_unit(self, index: UnitIndex, start: Tensor, size: Tensor) -> None:
+        """The summary of one unit a head, still in the window, goes into the column that its head fills next."""
+        width = self.ledger.max_size
         keys, values = self.memory.unit(start, width)
         inside = torch.arange(width, device=keys.device) < size[..., None]
         unit_ids = torch.where(inside, 0, 1).flatten(0, 1)
         entries = self.policy.scorer.index(keys.flatten(0, 1), values.flatten(0, 1), unit_ids, 1)
-        self.index.append(ledger.num_units, entries)
-        room = (self.policy.selector.capacity - ledger.resident).clamp(min=0)
-        self.memory.leave(leaves, start, size, width, room)
-        ledger.release(leaves, size, torch.minimum(size, room))
+        index.append(self.ledger.num_units, entries)
 
-    def _select(self, inputs: StepInputs, due: Tensor) -> None:
+    def _select(self, index: UnitIndex, inputs: StepInputs, due: Tensor) -> None:
         ledger, policy = self.ledger, self.policy
         num_units = max(1, ledger.visible_units())
         sizes = ledger.unit_offsets[..., 1 : num_units + 1] - ledger.unit_offsets[..., :num_units]
-        scores = policy.scorer.score(inputs, self.index.view(num_units), sizes, ledger.num_units)
+        scores = policy.scorer.score(inputs, index.view(num_units), sizes, ledger.num_units)
         rows, count = policy.selector.select(scores, ledger.unit_offsets)
         self.stats.count_selection(count, due)
         self.memory.recall(rows, due)
@@ -303,7 +311,7 @@ class RetrievalLayer(LayerRuntime):
         return self.memory.host_bytes()
 
     def index_bytes(self) -> int:
-        return self.index.nbytes() + self.ledger.nbytes()
+        return self.ledger.nbytes() + (0 if self._index is None else self._index.nbytes())
 
 
 def _make_memory(

@@ -85,27 +85,27 @@ class SlotMemory(LayerMemory):
         self._store.append([length - 1 for length in self._ledger.lengths], keys, values)
 
     def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        slots = self._slot(self._run(start, width))[..., None]
-        keys = self.k_slots.gather(2, slots.expand(-1, -1, -1, self._layout.head_dim))
-        values = self.v_slots.gather(2, slots.expand(-1, -1, -1, self._layout.value_dim))
-        return keys, values
+        return self._read_slots(self._slot(self._run(start, width)))
 
     def _run(self, start: Tensor, width: int) -> Tensor:
         return start[..., None] + torch.arange(width, device=start.device)
 
+    def _read_slots(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        slots = slots[..., None]
+        keys = self.k_slots.gather(2, slots.expand(-1, -1, -1, self._layout.head_dim))
+        return keys, self.v_slots.gather(2, slots.expand(-1, -1, -1, self._layout.value_dim))
+
     def leave(self, leaves: Tensor, start: Tensor, size: Tensor, width: int, room: Tensor) -> None:
-        keys, values = self.unit(start, width)
         positions = self._run(start, width)
+        slots = self._slot(positions)
         inside = leaves[..., None] & (positions < (start + size)[..., None])
-        hidden = self.bias.gather(2, self._slot(positions)).masked_fill_(inside, -math.inf)
-        self.bias.scatter_(2, self._slot(positions), hidden)
-        kept = inside & (positions < (start + torch.minimum(size, room))[..., None])
-        self._keep(kept, positions, keys, values)
+        self.bias.scatter_(2, slots, self.bias.gather(2, slots).masked_fill_(inside, -math.inf))
+        if self._capacity:
+            kept = inside & (positions < (start + torch.minimum(size, room))[..., None])
+            self._keep(kept, positions, *self._read_slots(slots))
 
     def _keep(self, kept: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """The i-th kept row goes to the i-th free resident slot; [B, H, width] each."""
-        if self._capacity == 0:
-            return
         free = self.resident_rows < 0
         # Slots in the order of being free: the first ones are those that take a row.
         places = (~free).to(torch.uint8).sort(dim=-1, stable=True).indices

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Score tiles of this many tokens stay in a core's cache on a CPU; the result does not depend on it.
-_TILE = 1024
+_TILE = 256
 
 
 def kmeans_reference(
@@ -39,7 +39,7 @@ def _assign(points: Tensor, centroids: Tensor) -> Tensor:
     """Index of the most similar centroid, [N, T]."""
     similar = centroids.transpose(1, 2)
     tiles = (points[:, start : start + _TILE] for start in range(0, points.shape[1], _TILE))
-    return torch.cat([torch.matmul(tile, similar).argmax(-1) for tile in tiles], dim=1)
+    return torch.cat([torch.matmul(tile, similar).max(-1).indices for tile in tiles], dim=1)
 
 
 def _update(points: Tensor, assignment: Tensor, centroids: Tensor) -> Tensor:

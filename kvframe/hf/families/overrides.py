@@ -2,6 +2,7 @@
 
 from typing import Any
 
+# Off by default, and then the layers that need one cannot be built.
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -9,6 +10,7 @@ _INDEXER = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
+
 # Sliding layers have sizes of their own, which no field declares.
 _SLIDING_LATENT = {
     "swa_num_attention_heads": 4,
@@ -48,6 +50,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 32},
     "dots3_note_text": {"head_dim": 16, **_SLIDING_LATENT},
     "zaya": {"num_experts_per_tok": 1},
-    # One chunk of the recurrence must hold a whole key head.
+    # Reading a prompt takes keys as wide as values.
     "xlstm": {"qk_dim_factor": 1.0},
 }

@@ -28,6 +28,7 @@ _RULES: tuple[tuple[int, str], ...] = (
     (2, r"linear_num_key_heads|index_n_heads|linear_num_heads"),
     (8, r"qk_(rope|nope)_head_dim|rotary_dim"),
     (16, r"(\w+_)?head_dim|d_head|dim_head|kv_channels|attention_head_size|d_kv|mamba_d_head|mamba_headdim"),
+    (16, r"query_pre_attn_scalar"),
     (16, r"\w+_lora_rank|laurel_rank|hc_lowrank|adapter_rank|gated_norm_rank"),
     (96, r"\w*intermediate_size\w*|\w*ffn_dim|\w*ffn_hidden_size|feed_forward_size|mlp_dim"),
     (96, r"dff|dim_ff|d_ff|d_inner|n_inner"),

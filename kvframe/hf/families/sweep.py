@@ -1,15 +1,21 @@
 """Every family in a process of its own, so that no crash, leak or endless loop of one reaches another."""
 
+import contextlib
+import logging
 import multiprocessing
+import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
+import torch
 from attrs import frozen
 
+from kvframe.hf.families.compare import compare
 from kvframe.hf.families.outcome import Outcome, Status
 
 
@@ -19,7 +25,7 @@ def outcomes(types: Sequence[str], jobs: int = 1, timeout: float = 120.0) -> Ite
     context: ForkServerContext | SpawnContext
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["kvframe.hf.families.compare"])
+        context.set_forkserver_preload([__name__])
     else:
         context = multiprocessing.get_context("spawn")
     waiting = deque(types)
@@ -58,9 +64,13 @@ class _Child:
 
 
 def _compare_and_send(model_type: str, sender: Connection) -> None:
-    from kvframe.hf.families.compare import compare
-
-    sender.send(compare(model_type))
+    # one thread each, and nothing of what transformers has to say about tiny models on the caller's terminal
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        outcome = compare(model_type)
+    sender.send(outcome)
 
 
 def _receive(receiver: Connection, child: _Child) -> Outcome:

@@ -32,7 +32,7 @@ def terminal_table(outcomes: Sequence[Outcome]) -> Table:
     table.add_column("", overflow="fold")
     for outcome in in_order(outcomes):
         status = Text(outcome.status, style=_STYLES[outcome.status])
-        table.add_row(outcome.model_type, status, Text(outcome.reason or _measured(outcome)))
+        table.add_row(outcome.model_type, status, Text(_detail(outcome)))
     return table
 
 
@@ -64,19 +64,21 @@ def in_order(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: (ranks[outcome.status], outcome.model_type))
 
 
-def _measured(outcome: Outcome) -> str:
-    layers, selections, rows, *errors = _numbers(outcome)
-    full, tight, effect = errors
-    return f"{layers} layers, {selections} selections, {rows} rows; full {full}, tight {tight}, effect {effect}"
-
-
 def _markdown_rows(status: Status, outcomes: Sequence[Outcome]) -> list[str]:
     if status is Status.EQUAL:
         head = ["| model type | retrieval layers | selections | rows recalled | full | tight | effect |"]
         head += ["|---|---:|---:|---:|---:|---:|---:|"]
         return head + [f"| {outcome.model_type} | {' | '.join(_numbers(outcome))} |" for outcome in outcomes]
-    rows = [f"| {outcome.model_type} | {outcome.reason.replace('|', chr(92) + '|')} |" for outcome in outcomes]
+    rows = [f"| {outcome.model_type} | {_detail(outcome).replace('|', '&#124;')} |" for outcome in outcomes]
     return ["| model type | reason |", "|---|---|", *rows]
+
+
+def _detail(outcome: Outcome) -> str:
+    if outcome.full_error is None:
+        return outcome.reason
+    layers, selections, rows, full, tight, effect = _numbers(outcome)
+    measured = f"{layers} layers, {selections} selections, {rows} rows; full {full}, tight {tight}, effect {effect}"
+    return f"{outcome.reason}; {measured}" if outcome.reason else measured
 
 
 def _numbers(outcome: Outcome) -> list[str]:

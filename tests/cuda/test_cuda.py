@@ -1,0 +1,118 @@
+"""The same promises on a CUDA device: a pinned pool, and offload equal to dense and to the stock model."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvframe
+from kvframe.errors import NonFiniteError
+from kvframe.memory.pool import RowPool
+from kvframe.memory.slots import SlotMemory
+from kvframe.registry import default_registry
+from kvframe.runtime import RetrievalLayer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+PROMPT, STEPS = 90, 40
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).cuda().eval()
+
+
+def padded_prompt() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 256, (2, PROMPT), device="cuda")
+    mask = torch.ones_like(ids)
+    ids[1, :23], mask[1, :23] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: LlamaForCausalLM, **options: object) -> tuple[Tensor, Tensor]:
+    out = model.generate(
+        **padded_prompt(),
+        do_sample=False,
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+def small(name: str, token_budget: int) -> kvframe.Policy:
+    options = {"token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "dense_layers": ()}
+    known = {field.name for field in default_registry().policy_spec(name).config_cls.__attrs_attrs__}
+    return kvframe.policy(name, **{key: value for key, value in options.items() if key in known})
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 32}], ids=["one-shot", "chunked"])
+def test_full_budget_equals_stock(model: LlamaForCausalLM, options: dict[str, int]) -> None:
+    """A budget beyond the context gives the stock model's logits and tokens, with rows moved over the link."""
+    tokens, logits = generate(model)
+
+    with kvframe.attach(model, small("louiskv", 1000)) as run:
+        our_tokens, our_logits = generate(model, **options)
+
+    assert (tokens == our_tokens).all()
+    torch.testing.assert_close(our_logits, logits, atol=1e-4, rtol=1e-4)
+    assert run.report().bytes_to_device > 0
+
+
+@pytest.mark.parametrize("name", [record.name for record in default_registry().policies()])
+def test_offload_equals_dense(model: LlamaForCausalLM, name: str) -> None:
+    """Every policy attends to the same positions and gives the same logits in both executions, in float64."""
+    double = LlamaForCausalLM(model.config).to(device="cuda", dtype=torch.float64).eval()
+    double.load_state_dict(model.state_dict())
+    results = []
+    for execution in ("offload", "dense"):
+        with kvframe.attach(double, small(name, 16), execution=execution) as run:
+            tokens, logits = generate(double)
+        cache = run.cache
+        attended = [cache.attended_positions(layer, row, 1).tolist() for layer in range(3) for row in range(2)]
+        results.append((tokens, logits, attended))
+
+    (tokens, logits, attended), (dense_tokens, dense_logits, dense_attended) = results
+    assert attended == dense_attended
+    assert (tokens == dense_tokens).all()
+    torch.testing.assert_close(logits, dense_logits, atol=1e-8, rtol=1e-8)
+
+
+def test_the_host_pool_is_pinned(model: LlamaForCausalLM) -> None:
+    """KV of retrieval layers lies in page-locked host memory, and a deep copy keeps it so."""
+    with kvframe.attach(model, small("louiskv", 16)) as run:
+        generate(model)
+
+    runtime = run.cache.managed_layers[0].runtime
+    assert isinstance(runtime, RetrievalLayer) and isinstance(runtime.memory, SlotMemory)
+    store = runtime.memory._store
+    assert isinstance(store, RowPool)
+    slabs = [slab for _, slab in store._slabs]
+    assert all(slab.device.type == "cpu" and slab.is_pinned() for slab in slabs)
+
+
+def test_not_a_number_is_reported_after_generation(model: LlamaForCausalLM) -> None:
+    """On a device the check is a sticky word, read when generation ends."""
+    broken = LlamaForCausalLM(model.config).cuda().eval()
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+
+    with kvframe.attach(broken, small("louiskv", 16)), pytest.raises(NonFiniteError, match="layer 1"):
+        generate(broken)
