@@ -5,8 +5,9 @@ attn_implementation="kvframe".
 """
 
 from kvframe.hf.attach import Run, attach
-from kvframe.hf.attention import ATTENTION_NAME, register
+from kvframe.hf.attention import register
 from kvframe.hf.cache import RetrievalCache
+from kvframe.hf.support import ATTENTION_NAME
 
 register()
 

@@ -1,18 +1,17 @@
 """`with kvframe.attach(model, policy) as run:` — a stock model under a policy, and as it was afterwards."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from kvframe.errors import ConfigError
-from kvframe.hf.attention import ATTENTION_NAME, forget_previous, remember_previous
+from kvframe.hf.attention import forget, is_remembered, remember
 from kvframe.hf.cache import RetrievalCache
 from kvframe.hf.generate import read_call
-from kvframe.hf.support import check_model
+from kvframe.hf.support import ATTENTION_NAME, decoder_config, decoder_of
 from kvframe.policy import Policy
 from kvframe.registry import Registry
 from kvframe.report import Report
@@ -31,10 +30,17 @@ class Run:
 
     def new_cache(self, max_length: int | None = None) -> RetrievalCache:
         """A fresh cache; pass it as `past_key_values` where several calls share one."""
-        self._cache = RetrievalCache(
+        self._cache = self._make_cache(max_length)
+        return self._cache
+
+    def check(self) -> None:
+        """Raise whatever `new_cache` would."""
+        self._make_cache(None)
+
+    def _make_cache(self, max_length: int | None) -> RetrievalCache:
+        return RetrievalCache(
             self.model, self.policy, execution=self.execution, max_length=max_length, registry=self._registry
         )
-        return self._cache
 
     @property
     def cache(self) -> RetrievalCache:
@@ -47,30 +53,14 @@ class Run:
         """What happened in the last cache, over all the calls that used it."""
         return self.cache.report()
 
-    def generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with a cache of ours."""
         call = read_call(self.model, args, kwargs)
-        arguments = dict(call.arguments)
-        cache = arguments.pop("past_key_values", None)
-        if cache is None:
-            cache = self.new_cache(call.max_length)
-        self._cache = cache
-        # A cache_implementation, even one from the checkpoint's generation_config.json, would clash with the given cache.
-        arguments["cache_implementation"] = None
-        cache.prompt_end = call.prompt_end
-        if call.max_length is not None:
-            cache.max_length = max(cache.max_length or 0, call.max_length)
-        cache.timeline.call_begins()
-        try:
-            result = original(**arguments, past_key_values=cache)
-            cache.check_finite()
-        except BaseException:
-            # Whatever went wrong, memory running out included: nothing half-filled stays behind.
-            cache.release()
-            raise
-        cache.prompt_end = None
-        cache.timeline.call_ends()
-        return result
+        cache = call.cache if call.cache is not None else self._make_cache(call.max_length)
+        with cache.one_call(call.prompt_end, call.max_length, call.batch_size):
+            self._cache = cache
+            # Any other than None would clash with the given cache, one from generation_config.json included.
+            return original(**call.arguments | {"past_key_values": cache, "cache_implementation": None})
 
 
 @contextmanager
@@ -84,52 +74,58 @@ def attach(
     """Put a model's full-attention layers under a policy for the length of a `with` block.
 
     `model.generate` then works as always: greedy, sampling, `num_return_sequences`, batches with left padding, chunked
-    prefill, prompt-lookup and assisted decoding, several turns on `run.cache`. On leaving, also after an exception, the model is as
-    it was.
+    prefill, prompt-lookup and assisted decoding, several turns on `run.cache`. A forward pass without a cache, or with
+    one of transformers' own, is what it was before. On leaving, also after an exception, the model is as it was.
 
-    execution: "offload" is the real thing; "dense" keeps all KV on the device and attends under a mask; "shadow" lets full attention
-        drive and only watches the policy.
+    execution: "offload" is the real thing; "dense" keeps all KV on the device and attends under a mask; "shadow" lets
+        full attention drive and only watches the policy.
     registry: plugins other than the installed ones.
 
-    Raises UnsupportedModelError for a model that cannot be served and ConfigError for a policy that does not fit it, before
-    anything is changed.
+    Raises UnsupportedModelError for a model that cannot be served and ConfigError for a policy that does not fit it,
+    before anything is changed.
     """
-    check_model(model)
-    if not isinstance(policy, Policy):
-        raise ConfigError(f"expected a Policy, got {policy!r}; make one with kvframe.policy(name)")
-    if model.config._attn_implementation == ATTENTION_NAME and "generate" in vars(model):
-        raise ConfigError("the model is attached already; leave that block first")
     run = Run(model, policy, execution, registry)
-    run.new_cache()  # finds everything that does not fit, while nothing is changed
-    run._cache = None
-    before = _implementations(model)
-    original, was_own = model.generate, "generate" in vars(model)
+    run.check()
+    if not model.can_generate():
+        raise ConfigError(
+            f"{type(model).__name__} cannot generate; expected a language model with its head, such as "
+            "AutoModelForCausalLM gives"
+        )
+    if is_remembered(decoder_config(model)):
+        raise ConfigError("the model, or one that shares its config, is attached already; leave that block first")
+    configs = _configs(model)
+    implementations = [config._attn_implementation_internal for config in configs]
+    original: Any = model.generate
+    was_own = "generate" in vars(model)
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         return run.generate(original, *args, **kwargs)
 
     try:
-        for config, implementation in before:
-            remember_previous(config, implementation)
-        model.get_decoder().set_attn_implementation(ATTENTION_NAME)
-        model.generate = generate  # type: ignore[method-assign]
+        for config in configs:
+            remember(config)
+        decoder_of(model).set_attn_implementation(ATTENTION_NAME)
+        vars(model)["generate"] = generate
         yield run
     finally:
         if was_own:
-            model.generate = original  # type: ignore[method-assign]
+            vars(model)["generate"] = original
         else:
             vars(model).pop("generate", None)
-        for config, implementation in before:
+        for config, implementation in zip(configs, implementations, strict=True):
             config._attn_implementation_internal = implementation
-            forget_previous(config)
+            forget(config)
 
 
-def _implementations(model: nn.Module) -> list[tuple[Any, str]]:
-    """Every config in the model, once, and the attention implementation it names."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            configs.setdefault(id(config), config)
-    return [(config, config._attn_implementation_internal) for config in configs.values()]
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every config in the model, those inside other configs included, once each."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            waiting += [part for part in parts if hasattr(part, "_attn_implementation_internal")]
+    return list(found.values())

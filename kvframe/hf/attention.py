@@ -1,10 +1,10 @@
 """The attention and mask functions that transformers calls under the name "kvframe".
 
-Layers and caches that are not ours go to the implementation that the model ran before.
+What does not come from a RetrievalCache goes, unchanged, to the implementation that the model ran before.
 """
 
+import copy
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,26 +14,36 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvframe.errors import UnsupportedCallError, UnsupportedModelError
-from kvframe.hf.cache import RetrievalCacheLayer
+from kvframe.hf.cache_layer import KEYS_CHANGED, NewKeysOffset, RetrievalCacheLayer
+from kvframe.hf.support import ATTENTION_NAME
 
-# A neutral name: transformers reads meaning into names that contain "flash", "sdpa", "flex_attention" or a slash.
-ATTENTION_NAME = "kvframe"
+# What serves a model that was loaded under our name, and so never ran another implementation.
+_DEFAULT = "sdpa"
 
-# What a config's model ran before it was attached, by the config's identity; configs cannot be hashed.
-_previous: dict[int, str] = {}
+# For the config of every attached model, by its identity (configs cannot be hashed): a copy that names the
+# implementation from before.
+_before: dict[int, Any] = {}
 
 # Arguments of attention functions that change the result and that ours does not know.
 _UNSERVED = ("softcap", "s_aux", "position_bias", "sinks")
 
 
-def remember_previous(config: Any, implementation: str) -> None:
-    """Delegate to this implementation for models of this config."""
-    _previous[id(config)] = implementation
+def remember(config: Any) -> None:
+    """Until `forget`, models of this config delegate to the implementation that it names now."""
+    before = copy.copy(config)
+    if before._attn_implementation == ATTENTION_NAME:
+        before._attn_implementation_internal = _DEFAULT
+    _before[id(config)] = before
 
 
-def forget_previous(config: Any) -> None:
-    """The model is its own again."""
-    _previous.pop(id(config), None)
+def forget(config: Any) -> None:
+    """Models of this config are their own again."""
+    _before.pop(id(config), None)
+
+
+def is_remembered(config: Any) -> bool:
+    """Whether a model of this very config is attached."""
+    return id(config) in _before
 
 
 def kvframe_attention(
@@ -48,35 +58,85 @@ def kvframe_attention(
     """Attention of one layer.
 
     query: [B, Hq, T, D], after RoPE; key, value: [B, H, T, D], as `Cache.update` returned them.
-    Returns ([B, T, Hq, Dv], None). Raises UnsupportedModelError for arguments that would change the result.
+    Returns ([B, T, Hq, Dv], None). Raises UnsupportedModelError or UnsupportedCallError for whatever would change the
+    result and is not served.
     """
     layer = getattr(key, "_kvframe_layer", None)
     if not isinstance(layer, RetrievalCacheLayer):
-        return _delegate(module, query, key, value, attention_mask, scaling, **kwargs)
-    for name in _UNSERVED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"layer {layer.layer_idx}: the model passes {name}, which the attention does not serve"
-            )
-    if kwargs.get("output_attentions"):
-        raise UnsupportedCallError("output_attentions: there is no full row of attention weights under retrieval")
-    sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = layer.attend(query, key, value, attention_mask, sm_scale)
+        return _delegate(module, query, key, value, attention_mask, scaling, kwargs)
+    try:
+        _refuse_unserved(layer, module, kwargs)
+        sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = layer.attend(module, query, key, value, attention_mask, sm_scale)
+    except BaseException:
+        layer.cache.abandon()
+        raise
     return out.transpose(1, 2).contiguous(), None
 
 
+def _refuse_unserved(layer: RetrievalCacheLayer, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name in _UNSERVED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"layer {layer.layer_idx}: the model passes {name}, which retrieval attention does not serve"
+            )
+    if kwargs.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            f"layer {layer.layer_idx}: the model attends to a window of {kwargs['sliding_window']} tokens there, but "
+            "its config plans a full cache; expected full attention"
+        )
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise UnsupportedModelError(f"layer {layer.layer_idx}: attention is bidirectional; expected causal attention")
+    # Configs answer slowly, so only the first layer asks.
+    config = getattr(module, "config", None) if layer.place == 0 else None
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise UnsupportedCallError(
+            "output_attentions: there is no full row of attention weights under retrieval; leave it out, or detach the "
+            "model"
+        )
+    if kwargs.get("dropout"):
+        raise UnsupportedCallError(
+            f"layer {layer.layer_idx}: attention dropout of {kwargs['dropout']} came; expected none; call model.eval()"
+        )
+
+
 def kvframe_mask(**kwargs: Any) -> Any:
-    """The mask for one forward pass: the 2D padding mask for prompts, none for decoding; anything special is delegated."""
-    config = kwargs.get("config")
-    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    if not plain or kwargs.get("local_size") is not None:
-        build = ALL_MASK_ATTENTION_FUNCTIONS.get(_implementation_for(config))
-        return None if build is None else build(**kwargs)
-    return kwargs.get("attention_mask") if kwargs["q_length"] > 1 else None
+    """The mask for one forward pass: the 2D padding mask over a RetrievalCache; anything else is delegated.
+
+    Raises UnsupportedCallError where attention over a RetrievalCache would not be causal.
+    """
+    if not isinstance(kwargs.get("kv_offset"), NewKeysOffset):
+        return _delegate_mask(kwargs)
+    if kwargs.get("local_size") is not None:
+        # Models that may have sliding layers ask for their mask also where the cache has none. A layer that took this
+        # one would be refused.
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
+    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        raise UnsupportedCallError(
+            "attention over this input is not plainly causal (image or prefix tokens that see each other, for "
+            "instance); expected text, with left padding or none"
+        )
+    return kwargs.get("attention_mask")
 
 
-def _implementation_for(config: Any) -> str:
-    return _previous.get(id(config), "sdpa")
+def _delegate_mask(kwargs: dict[str, Any]) -> Any:
+    before = _before.get(id(kwargs.get("config")))
+    if before is None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[_DEFAULT](**kwargs)
+    build = ALL_MASK_ATTENTION_FUNCTIONS.get(before._attn_implementation)
+    # As in transformers, an implementation without a mask function gets no mask.
+    return None if build is None else build(**kwargs | {"config": before})
+
+
+class _AsBefore:
+    """An attention module of an attached model, with the config from before: some implementations read their name."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _delegate(
@@ -86,41 +146,27 @@ def _delegate(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None,
-    **kwargs: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    implementation = _implementation_for(getattr(module, "config", None))
-    attend = _attention_function(module, implementation)
-    if attention_mask is None or attention_mask.dim() == 2:
-        attention_mask = _explicit_mask(module, implementation, query, key, attention_mask)
-    result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    before = _before.get(id(getattr(module, "config", None)))
+    if before is None:
+        for name in _UNSERVED:
+            if kwargs.get(name) is not None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} passes {name}, which {_DEFAULT} attention would drop; load the model "
+                    f"with its own attention implementation instead of {ATTENTION_NAME!r}"
+                )
+    implementation = _DEFAULT if before is None else before._attn_implementation
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and "flash" not in implementation:
+        # The mask was made for a RetrievalCache, but the keys are none that it handed on.
+        raise UnsupportedModelError(f"{type(module).__name__}: {KEYS_CHANGED}")
+    own: Any = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own)
+    if attend is None:
+        raise UnsupportedModelError(f"{type(module).__name__} has no eager attention to fall back to")
+    shown = module if before is None else _AsBefore(module, before)
+    result: tuple[Tensor, Tensor | None] = attend(shown, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return result
-
-
-def _attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if implementation == "eager":
-        if own is None:
-            raise UnsupportedModelError(f"{type(module).__name__} has no eager attention to fall back to")
-        return own  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own)  # type: ignore[no-any-return]
-
-
-def _explicit_mask(
-    module: nn.Module, implementation: str, query: Tensor, key: Tensor, padding: Tensor | None
-) -> Tensor | None:
-    """What the other implementation expects where our mask function gave the 2D mask or nothing."""
-    if "flash" in implementation or not getattr(module, "is_causal", True):
-        return padding
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
-    if padding is not None:
-        visible = visible & padding[:, None, None, -num_keys:].bool()
-    elif num_queries in (1, num_keys) and implementation == "sdpa":
-        return None  # plain causal, which it sees by itself
-    visible = visible.expand(query.shape[0], 1, num_queries, num_keys)
-    if implementation != "eager":
-        return visible
-    return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
 
 
 def register() -> None:
