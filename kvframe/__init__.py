@@ -30,7 +30,7 @@ from kvframe.stages import (
 from kvframe.types import Decision, Invariant, LayerLayout, ModelLayout, StepInputs, Units
 
 if TYPE_CHECKING:
-    from kvframe.calibrate import calibrate
+    from kvframe.calibration import calibrate
     from kvframe.hf import RetrievalCache, attach
 
 __version__ = "0.1.0"
@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 # These need transformers, which is loaded when one of them is first asked for.
-_LAZY = {"attach": "kvframe.hf", "RetrievalCache": "kvframe.hf", "calibrate": "kvframe.calibrate"}
+_LAZY = {"attach": "kvframe.hf", "RetrievalCache": "kvframe.hf", "calibrate": "kvframe.calibration"}
 
 
 def policy(name: str, /, **options: Any) -> Policy:

@@ -15,8 +15,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INTRODUCTION = "Read the following text carefully. I will ask you a question about it at the end."
-FACT = "Please note: the access code of the garden gate is {code}. Remember it. {code} is the access code of the garden gate."
-QUESTION = "What is the access code of the garden gate?"
+# Said three times over, because a model of 135 million parameters easily misses what technical prose says once.
+SENTENCES = (
+    "The secret word of the old lighthouse is {word}.",
+    "Remember it: the secret word of the old lighthouse is {word}.",
+    "Once more: the secret word of the old lighthouse is {word}.",
+)
+QUESTION = "What is the secret word of the old lighthouse?"
+# None of them is in the prose, and each is one token.
+WORDS = (
+    *("candle", "castle", "copper", "dragon", "eagle", "honey", "lemon", "marble"),
+    *("pepper", "rocket", "saddle", "silver", "tiger", "turtle", "violin", "walnut"),
+)
 
 # A paragraph with more signs than this is a table, a grammar or code.
 _SHARE_OF_LETTERS = 0.95
@@ -29,6 +39,7 @@ class DemoPrompt:
 
     input_ids: Tensor
     """int64 [1, T]."""
+    fact: str
     question: str
     answer: str
     """What the generated text has to contain."""
@@ -44,7 +55,7 @@ class DemoPrompt:
 
     def is_answered_by(self, text: str) -> bool:
         """Whether `text` tells the fact."""
-        return self.answer in text
+        return re.search(rf"\b{self.answer}\b", text, re.IGNORECASE) is not None
 
 
 def prose_topics() -> list[str]:
@@ -60,7 +71,7 @@ def build_prompt(
 ) -> DemoPrompt:
     """A prompt with at least `num_tokens` tokens of prose.
 
-    seed: orders the prose and draws the code that is to be remembered.
+    seed: orders the prose and draws the word that is to be remembered.
     depth: share of the prose before the fact.
 
     Raises ConfigError for a tokenizer without a chat template, and for more tokens than there is prose.
@@ -68,12 +79,13 @@ def build_prompt(
     if tokenizer.chat_template is None:
         raise ConfigError("the demo needs a tokenizer with a chat template; this one has none")
     generator = random.Random(seed)
-    code = "".join(str(generator.randint(1, 9)) for _ in range(5))
-    fact = FACT.format(code=code)
+    word = generator.choice(WORDS)
+    fact = " ".join(SENTENCES).format(word=word)
     paragraphs = _enough(tokenizer, generator, num_tokens)
     place = round(depth * len(paragraphs))
     body = "\n\n".join([INTRODUCTION, *paragraphs[:place], fact, *paragraphs[place:], QUESTION])
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": body}], add_generation_prompt=True, tokenize=False)
+    turn = [{"role": "user", "content": body}]
+    chat = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     assert isinstance(chat, str)
     encoded = tokenizer(chat, add_special_tokens=False, return_offsets_mapping=True, return_tensors="pt")
     start = chat.index(fact)
@@ -81,8 +93,9 @@ def build_prompt(
     inside = ((ends > start) & (starts < start + len(fact))).nonzero()[:, 0]
     return DemoPrompt(
         input_ids=encoded["input_ids"],
+        fact=fact,
         question=QUESTION,
-        answer=code,
+        answer=word,
         fact_start=int(inside[0]),
         fact_end=int(inside[-1]) + 1,
     )

@@ -39,13 +39,8 @@ def kvframe_stages() -> Iterable[StageSpec]:
 @hookimpl
 def kvframe_policies() -> Iterable[PolicySpec]:
     """LouisKV, and its three published settings."""
-    configs = {
-        "louiskv": LouisKVConfig,
-        "louiskv-long-input": LouisKVLongInputConfig,
-        "louiskv-long-output": LouisKVLongOutputConfig,
-        "louiskv-long-both": LouisKVLongBothConfig,
-    }
+    configs = (LouisKVConfig, LouisKVLongInputConfig, LouisKVLongOutputConfig, LouisKVLongBothConfig)
     return [
-        PolicySpec(name=name, config_cls=config_cls, build=build_louiskv, paper=PAPER)
-        for name, config_cls in configs.items()
+        PolicySpec(name=config_cls.policy_name, config_cls=config_cls, build=build_louiskv, paper=PAPER)
+        for config_cls in configs
     ]

@@ -1,6 +1,6 @@
 """The composition, its options, and its three published settings."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from attrs import frozen
 
@@ -20,7 +20,7 @@ class LouisKVConfig:
     each choice is an option here or in the stages.
     """
 
-    name: str = "louiskv"
+    policy_name: ClassVar[str] = "louiskv"
     token_budget: int = 1024
     sink_size: int = 64
     window_size: int = 256
@@ -52,7 +52,7 @@ class LouisKVConfig:
 class LouisKVLongInputConfig(LouisKVConfig):
     """LouisKV as published for long input and short output (LongBench)."""
 
-    name: str = "louiskv-long-input"
+    policy_name: ClassVar[str] = "louiskv-long-input"
     token_budget: int = 512
     sink_size: int = 32
     window_size: int = 512
@@ -63,7 +63,7 @@ class LouisKVLongInputConfig(LouisKVConfig):
 class LouisKVLongOutputConfig(LouisKVConfig):
     """LouisKV as published for short input and long output (MATH500, GPQA, AIME)."""
 
-    name: str = "louiskv-long-output"
+    policy_name: ClassVar[str] = "louiskv-long-output"
     sink_size: int = 500
     window_size: int = 128
 
@@ -72,7 +72,7 @@ class LouisKVLongOutputConfig(LouisKVConfig):
 class LouisKVLongBothConfig(LouisKVConfig):
     """LouisKV as published for long input and long output (LongReason)."""
 
-    name: str = "louiskv-long-both"
+    policy_name: ClassVar[str] = "louiskv-long-both"
 
 
 def build_louiskv(config: LouisKVConfig) -> Policy:
@@ -81,7 +81,7 @@ def build_louiskv(config: LouisKVConfig) -> Policy:
     if max_segment is None:
         max_segment = max(1, min(config.window_size // 2, 64))
     return Policy(
-        name=config.name,
+        name=config.policy_name,
         trigger=SemanticTrigger(tau=config.tau, rope=config.rope, heads=config.trigger_heads),
         units=DecoupledUnits(
             prompt=ClusterUnits(

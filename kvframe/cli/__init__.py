@@ -1,0 +1,5 @@
+"""The command line: `kvframe`."""
+
+from kvframe.cli.app import main
+
+__all__ = ["main"]

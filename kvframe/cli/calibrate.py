@@ -1,0 +1,105 @@
+"""`kvframe calibrate`: thresholds for LouisKV's trigger from unlabelled text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvframe.cli.console import check_choice, errors, out, print_json, progress
+from kvframe.cli.generate import DTYPE, MODEL
+from kvframe.cli.listing import JSON
+from kvframe.cli.models import DTYPES
+from kvframe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvframe.calibration import Calibration
+
+
+def calibrate(
+    model: MODEL,
+    rate: Annotated[float, typer.Option(help="Share of steps that shall retrieve, between 0 and 1.")] = 0.07,
+    per: Annotated[str, typer.Option(help="layer: one tau for each; model: one for all.")] = "layer",
+    rope: Annotated[str, typer.Option(help="Compare queries after or before the rotary embedding.")] = "after",
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers that the policy keeps dense: they do not count in one tau for all.")
+    ] = "0,1",
+    text_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="Unlabelled text, several times for several; the standard library's documentation without."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens to read, of all texts together.")] = 4096,
+    output: Annotated[Path | None, typer.Option(help="Write the result there, for `generate --calibration`.")] = None,
+    dtype: DTYPE = "auto",
+    json: JSON = False,
+) -> None:
+    """Find tau for a wanted retrieval rate: no labels, no search, one reading of the text."""
+    check_choice("--per", per, ("layer", "model"))
+    check_choice("--rope", rope, ("after", "before"))
+    check_choice("--dtype", dtype, DTYPES)
+    if not 0 < rate < 1:
+        raise ConfigError(f"--rate must lie between 0 and 1, got {rate}; tau=-1 and tau=2 are never and always")
+    dense = _layers(dense_layers)
+    texts = _read(text_file)
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no directory {output.absolute().parent}; make it first")
+
+    from kvframe.calibration import calibrate as run_calibration
+    from kvframe.cli.models import load
+
+    loaded, tokenizer = load(model, dtype, quiet=json)
+    # No special tokens, and cut to length here: the tokenizer's own limit does not matter.
+    encoded: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    each = -(-tokens // len(texts))
+    with progress("reading the text", quiet=json) as bar:
+        found = run_calibration(
+            loaded,
+            [ids[:each] for ids in encoded],
+            retrieval_rate=rate,
+            per=per,  # type: ignore[arg-type]  # checked above
+            rope=rope,  # type: ignore[arg-type]
+            dense_layers=dense,
+            progress=bar.update,
+        )
+    if output is not None:
+        found.save(output)
+        errors.print(f"written to {output}", markup=False)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"--dense-layers must be layer numbers separated by commas, got {text!r}") from None
+
+
+def _read(files: list[Path] | None) -> list[str]:
+    if not files:
+        from kvframe.demo import prose_topics
+
+        return ["\n\n".join(prose_topics())]
+    try:
+        return [file.read_text(encoding="utf-8") for file in files]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the text: {error}") from error
+
+
+def _print(found: "Calibration") -> None:
+    console = out()
+    rates = [rate for rate in found.achieved if rate is not None]
+    if isinstance(found.tau, tuple):
+        console.print("layer     tau  fires at", markup=False)
+        for layer, (tau, rate) in enumerate(zip(found.tau, found.achieved, strict=True)):
+            shown = "no full KV cache" if rate is None else f"{rate:.1%}"
+            console.print(f"{layer:>5}  {tau:.4f}  {shown}", markup=False)
+    console.print(
+        f"wanted {found.retrieval_rate:.1%}; on {found.num_samples} steps of the text {sum(rates) / len(rates):.1%}, "
+        f"layers {min(rates):.1%} to {max(rates):.1%}",
+        markup=False,
+    )
+    taus = found.tau if isinstance(found.tau, tuple) else (found.tau,)
+    rope = "" if found.rope == "after" else f" --set rope={found.rope}"
+    console.print(f"--set tau={','.join(f'{tau:.4f}' for tau in taus)}{rope}", markup=False)
