@@ -10,6 +10,8 @@ from kvframe.layer import LayerRuntime
 from kvframe.types import LayerLayout
 from kvframe_kernels.slot_attention import slot_attention
 
+_SLAB_ROWS = 1024
+
 
 class DenseLayer(LayerRuntime):
     """One buffer of the planned capacity, and a length a sequence. Padding is not stored."""
@@ -24,9 +26,10 @@ class DenseLayer(LayerRuntime):
         return list(self._lengths)
 
     def reserve(self, num_rows: int) -> None:
-        missing = num_rows - self._keys.shape[2]
-        if missing > 0:
-            keys, values = self.layout.zeros(missing)
+        capacity = self._keys.shape[2]
+        if num_rows > capacity:
+            # More than was planned: in steps that are large enough to be rare, because everything is copied.
+            keys, values = self.layout.zeros(max(num_rows, capacity + _SLAB_ROWS) - capacity)
             self._keys, self._values = torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2)
 
     def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:

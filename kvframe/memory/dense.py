@@ -156,7 +156,7 @@ class ShadowMemory(DenseMemory):
         count = attended.sum(-1, keepdim=True)
         hits = attended.gather(-1, order) & (self._rows() < count)
         self.captured_mass += mass
-        self.oracle_recall += hits.sum(-1) / count[..., 0]
+        self.oracle_recall += hits.sum(-1).double() / count[..., 0]
 
     def clear_traffic(self) -> None:
         super().clear_traffic()

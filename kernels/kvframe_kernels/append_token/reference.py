@@ -21,8 +21,8 @@ def advance_ledger_reference(
 ) -> None:
     """Close the open unit where that is due or where it is full, then take one token in; in place.
 
-    counts: int64 [NUM_COUNTS, B, H]; unit_offsets: int64 [B, H, max_units + 1], closed unit u is the rows
-    [unit_offsets[u], unit_offsets[u + 1]).
+    counts: int64 [NUM_COUNTS, B, H]; unit_offsets: int64 [B, H, max_units + 2], closed unit u is the rows
+    [unit_offsets[u], unit_offsets[u + 1]); the last entry takes the proposal behind the last unit there is room for.
     cut: bool [B, H], a boundary before this token; it closes the unit only if that holds `min_size` tokens, otherwise
     the unit goes on growing. None where nothing is due anywhere.
     """

@@ -12,7 +12,8 @@ def query_similarity_reference(query: Tensor, previous: Tensor, num_kv_heads: in
     Returns float32 (float64 for float64 queries) [B, H]; without `per_kv_head` all heads of a row hold the same value.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    cosine = F.cosine_similarity(query.to(dtype), previous.to(dtype), dim=-1)
+    # Rounding must not carry a cosine past -1, which a threshold of -1 would take for an event.
+    cosine = F.cosine_similarity(query.to(dtype), previous.to(dtype), dim=-1).clamp(-1, 1)
     batch_size = query.shape[0]
     if per_kv_head:
         return cosine.view(batch_size, num_kv_heads, -1).mean(-1)
