@@ -1,0 +1,157 @@
+"""`slot_attention`, its reference and its fused twin against the definition."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import dot
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference, slot_attention_sdpa
+
+
+class Inputs(NamedTuple):
+    query: Tensor  # [B, Hq, T, D]
+    k_slots: Tensor  # [B, H, N, D]
+    v_slots: Tensor  # [B, H, N, Dv]
+    bias: Tensor | None
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> Inputs:
+    """Any shape; a bias for all queries, for each query, or none; some slots empty, others weighted."""
+    batch_size, num_kv_heads, group_size = (draw(st.integers(1, 3)) for _ in range(3))
+    num_queries = draw(st.integers(1, 3))
+    num_slots = draw(st.integers(1, 12) | st.sampled_from([63, 111]))
+    head_dim, value_dim = draw(st.sampled_from([(1, 1), (4, 4), (7, 3), (8, 16)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    heads = (batch_size, num_kv_heads)
+    shape = draw(st.sampled_from([None, (*heads, num_slots), (*heads, num_queries, num_slots)]))
+    bias = None
+    if shape is not None:
+        bias = randn(*shape)
+        empty = torch.rand(shape, generator=generator) < 0.4
+        empty[..., int(torch.randint(num_slots, (), generator=generator))] = False
+        bias = bias.masked_fill(empty, -math.inf)
+    return Inputs(
+        query=randn(batch_size, num_kv_heads * group_size, num_queries, head_dim),
+        k_slots=randn(*heads, num_slots, head_dim),
+        v_slots=randn(*heads, num_slots, value_dim),
+        bias=bias,
+    )
+
+
+def attend(query: list[float], keys: list[list[float]], values: list[list[float]], bias: list[float], sm_scale: float):
+    """Output and log-sum-exp of one query, in Python floats."""
+    scores = [sm_scale * dot(query, key) + b for key, b in zip(keys, bias)]
+    top = max(scores)
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights)
+    out = [sum(w * v for w, v in zip(weights, column, strict=True)) / total for column in zip(*values, strict=True)]
+    return out, top + math.log(total)
+
+
+def expected_attention(x: Inputs, sm_scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse) for every query head and query."""
+    batch_size, num_qo_heads, num_queries, _ = x.query.shape
+    group_size = num_qo_heads // x.k_slots.shape[1]
+    out = torch.empty(batch_size, num_qo_heads, num_queries, x.v_slots.shape[-1], dtype=torch.float64)
+    lse = torch.empty(batch_size, num_qo_heads, num_queries, dtype=torch.float64)
+    for batch in range(batch_size):
+        for qo_head in range(num_qo_heads):
+            head = qo_head // group_size
+            for t in range(num_queries):
+                if x.bias is None:
+                    bias = [0.0] * x.k_slots.shape[2]
+                else:
+                    bias = x.bias[batch, head, t] if x.bias.dim() == 4 else x.bias[batch, head]
+                    bias = bias.tolist()
+                one, scale = attend(
+                    x.query[batch, qo_head, t].tolist(),
+                    x.k_slots[batch, head].tolist(),
+                    x.v_slots[batch, head].tolist(),
+                    bias,
+                    sm_scale,
+                )
+                out[batch, qo_head, t], lse[batch, qo_head, t] = torch.tensor(one, dtype=torch.float64), scale
+    return out, lse
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for rounding."""
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+@given(x=inputs(), sm_scale=st.sampled_from([1.0, 0.3, -0.5]))
+def test_definition(x: Inputs, sm_scale: float):
+    """Reference, fused twin and the op that chooses between them give the softmax over scaled products plus bias."""
+    before = [None if part is None else part.clone() for part in x]
+    out, lse = expected_attention(x, sm_scale)
+    reference_out, reference_lse = slot_attention_reference(*x, sm_scale)
+    chosen, nothing = slot_attention(*x, sm_scale)
+    asked, asked_lse = slot_attention(*x, sm_scale, need_lse=True)
+
+    assert_close(reference_out, out)
+    assert_close(reference_lse, lse)
+    assert_close(slot_attention_sdpa(*x, sm_scale), out)
+    assert_close(chosen, out)
+    assert_close(asked, out)
+    assert asked_lse is not None and nothing is None
+    assert_close(asked_lse, lse)
+    assert all(one is other or torch.equal(one, other) for one, other in zip(before, x, strict=True))
+
+
+@given(x=inputs(), share=st.floats(0, 1))
+def test_extra_is_merged(x: Inputs, share: float):
+    """Slots attended apart and merged by their log-sum-exp are slots attended together."""
+    num_slots = x.k_slots.shape[2]
+    cut = max(1, min(num_slots - 1, round(share * num_slots)))
+    assume(num_slots > 1)
+    x = x._replace(bias=None if x.bias is None else x.bias.clamp(min=-50))  # neither part is empty
+
+    def part(slots: slice) -> Inputs:
+        bias = None if x.bias is None else x.bias[..., slots]
+        return Inputs(x.query, x.k_slots[:, :, slots], x.v_slots[:, :, slots], bias)
+
+    apart = expected_attention(part(slice(cut, None)), 0.4)
+    out, lse = slot_attention(*part(slice(0, cut)), 0.4, extra=apart)
+    together_out, together_lse = expected_attention(x, 0.4)
+
+    assert lse is not None
+    assert_close(out, together_out)
+    assert_close(lse, together_lse)
+
+
+def test_extra_over_nothing():
+    """A partial result over no entries, lse -inf, changes nothing."""
+    x = Inputs(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), None)
+    nothing = (torch.zeros(1, 2, 1, 4), torch.full((1, 2, 1), -math.inf))
+    out, lse = slot_attention_reference(*x, 0.5)
+    merged, merged_lse = slot_attention_reference(*x, 0.5, extra=nothing)
+
+    assert torch.equal(out, merged) and torch.equal(lse, merged_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_precision(dtype: torch.dtype):
+    """The output has the query's dtype, the log-sum-exp at least float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = Inputs(
+        torch.randn(2, 4, 2, 8, generator=generator).to(dtype),
+        torch.randn(2, 2, 63, 8, generator=generator).to(dtype),
+        torch.randn(2, 2, 63, 8, generator=generator).to(dtype),
+        torch.zeros(2, 2, 63, dtype=dtype),
+    )
+    out, lse = expected_attention(x, 0.35)
+    for actual in (slot_attention_reference(*x, 0.35), slot_attention(*x, 0.35, need_lse=True)):
+        assert actual[0].dtype == dtype and actual[1] is not None and actual[1].dtype == torch.float32
+        torch.testing.assert_close(actual[0].double(), out, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(actual[1].double(), lse, atol=2e-2, rtol=2e-2)
+    assert slot_attention_sdpa(*x, 0.35).dtype == dtype

@@ -1,0 +1,108 @@
+"""`unit_scores` against its definition, in Python floats."""
+
+import math
+
+import pytest
+import torch
+from helpers import dot
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvframe_kernels.unit_scores import unit_scores
+
+
+def softmax(values: list[float]) -> list[float]:
+    """Of at least one value."""
+    top = max(values)
+    exponentials = [math.exp(value - top) for value in values]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def score_head(
+    queries: list[list[float]],
+    centroids: list[list[float]],
+    log_sizes: list[float],
+    sm_scale: float,
+    reduction: str,
+    normalised: bool,
+) -> list[float]:
+    """Scores of one KV head's units for the query heads of its group."""
+    units = list(zip(centroids, log_sizes))
+    products = [[sm_scale * dot(query, centroid) + size for centroid, size in units] for query in queries]
+    if normalised and centroids:
+        products = [softmax(row) for row in products]
+    columns = list(zip(*products, strict=True))
+    return [max(column) if reduction == "max" else sum(column) / len(column) for column in columns]
+
+
+@given(
+    batch_size=st.integers(1, 2),
+    num_kv_heads=st.integers(1, 3),
+    group_size=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 4, 7]),
+    max_units=st.integers(1, 12) | st.sampled_from([63, 111]),
+    reduction=st.sampled_from(["mean", "max"]),
+    normalised=st.booleans(),
+    sized=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_definition(
+    batch_size: int,
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    max_units: int,
+    reduction: str,
+    normalised: bool,
+    sized: bool,
+    seed: int,
+):
+    """Products, softmax over the units that exist, then the reduction over the group; -inf where there is no unit."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch_size, num_kv_heads * group_size, head_dim, generator=generator, dtype=torch.float64)
+    shape = (batch_size, num_kv_heads, max_units)
+    centroids = torch.randn(*shape, head_dim, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 9, shape, generator=generator).double()
+    num_units = torch.randint(0, max_units + 1, shape[:2], generator=generator)
+    centroids[torch.arange(max_units) >= num_units[..., None]] = 1e3  # what lies there is nobody's
+    scores = unit_scores(
+        query,
+        centroids,
+        num_units,
+        0.37,
+        reduction=reduction,
+        softmax=normalised,
+        log_sizes=sizes.log() if sized else None,
+    )
+
+    assert scores.shape == shape
+    for batch in range(batch_size):
+        for head in range(num_kv_heads):
+            count = int(num_units[batch, head])
+            expected = score_head(
+                query[batch, head * group_size : (head + 1) * group_size].tolist(),
+                centroids[batch, head, :count].tolist(),
+                [math.log(size) if sized else 0.0 for size in sizes[batch, head, :count].tolist()],
+                0.37,
+                reduction,
+                normalised,
+            )
+            assert scores[batch, head, :count].tolist() == pytest.approx(expected, abs=1e-12)
+            assert (scores[batch, head, count:] == -math.inf).all()
+
+
+def test_large_products():
+    """Products whose exponentials overflow are normalised all the same."""
+    query = torch.tensor([[[1000.0]]])
+    centroids = torch.tensor([[[[1.0], [2.0], [2.0]]]])
+    scores = unit_scores(query, centroids, torch.tensor([[3]]), 1.0)
+
+    assert scores.tolist() == [[[0.0, 0.5, 0.5]]]
+
+
+def test_precision():
+    """Half precision queries are scored in the index's float32."""
+    query = torch.ones(1, 2, 4, dtype=torch.bfloat16)
+    scores = unit_scores(query, torch.randn(1, 1, 5, 4), torch.tensor([[5]]), 1.0)
+
+    assert scores.dtype == torch.float32

@@ -1,0 +1,180 @@
+"""LouisKV as a program over Python lists, step by step against the layer.
+
+`dense` and `offload` share the ledger and the stages, so that what both get wrong shows only here.
+"""
+
+import math
+
+import pytest
+import torch
+from attrs import define, field
+from helpers import Case, Text, attended, attention_over, cosine, dot, make_call, unit_positions
+from hypothesis import given
+from strategies import cases, examples, variants
+
+from kvframe import LayerLayout, Policy
+from kvframe.registry import default_registry
+
+LOUISKV = default_registry().policy_spec("louiskv")
+
+Vector = list[float]
+
+
+@define
+class PlainHead:
+    """One KV head: every token is in the sinks, in a unit that has left the window, in a closed unit that has not, in
+    the open unit, or in the part of a prompt that is not yet cut."""
+
+    policy: Policy
+    keys: list[Vector]
+    sinks: list[int] = field(factory=list)
+    left: list[list[int]] = field(factory=list)
+    closed: list[list[int]] = field(factory=list)
+    open: list[int] = field(factory=list)
+    uncut: list[int] = field(factory=list)
+    resident: list[int] = field(factory=list)
+
+    @property
+    def length(self) -> int:
+        units = self.left + self.closed
+        return len(self.sinks) + sum(map(len, units)) + len(self.open) + len(self.uncut)
+
+    @property
+    def window(self) -> list[int]:
+        return [position for unit in self.closed for position in unit] + self.open + self.uncut
+
+    def leave(self, length: int) -> None:
+        """Closed units before the last tokens enter the index, and the resident set while there is room."""
+        while self.closed and self.closed[0][-1] < length - self.policy.window_size:
+            unit = self.closed.pop(0)
+            self.left.append(unit)
+            self.resident += unit[: max(0, self.policy.selector.capacity - len(self.resident))]
+
+    def read(self, num_tokens: int) -> None:
+        """A chunk of a prompt, or of a turn's text: what does not fit the window becomes prompt units."""
+        if self.open:
+            self.closed.append(self.open)
+            self.open = []
+        length = self.length + num_tokens
+        self.leave(length)
+        for position in range(self.length, length):
+            (self.sinks if position < self.policy.sink_size else self.uncut).append(position)
+        block = [position for position in self.uncut if position < length - self.policy.window_size]
+        if block:
+            units = self.policy.units.build(torch.tensor([[self.keys[p] for p in block]], dtype=torch.float64))
+            sizes = units.sizes[0, : int(units.num_units)].tolist()
+            self.left += [[block[i] for i in part.tolist()] for part in units.order[0].split(sizes)]
+            self.uncut = self.uncut[len(block) :]
+
+    def step(self, event: bool) -> None:
+        """One token; an event before it ends the open segment if that is long enough."""
+        size = self.policy.units.max_size
+        while len(self.uncut) >= size:
+            self.closed.append(self.uncut[:size])
+            self.uncut = self.uncut[size:]
+        self.open, self.uncut = self.open + self.uncut, []
+        if len(self.open) >= size or (event and len(self.open) >= self.policy.units.min_size):
+            self.closed.append(self.open)
+            self.open = []
+        position = self.length
+        (self.sinks if position < self.policy.sink_size else self.open).append(position)
+        self.leave(self.length)
+
+    def select(self, queries: list[Vector], sm_scale: float) -> None:
+        """Whole units by the mean of their softmax over the query heads, until the budget is filled."""
+        scores = [0.0] * len(self.left)
+        for query in queries:
+            products = [sm_scale * dot(query, self.mean_key(unit)) for unit in self.left]
+            if self.policy.scorer.size_term:
+                products = [x + math.log(len(unit)) for x, unit in zip(products, self.left)]
+            total = sum(map(math.exp, products))
+            scores = [score + math.exp(x) / total for score, x in zip(scores, products)]
+        ranked = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))
+        rows = [position for unit in ranked for position in self.left[unit]]
+        self.resident = rows[: self.policy.selector.capacity]
+
+    def mean_key(self, unit: list[int]) -> Vector:
+        """What stands for a unit."""
+        return [math.fsum(column) / len(unit) for column in zip(*(self.keys[position] for position in unit))]
+
+    def attended(self) -> list[int]:
+        """In ascending order; a position twice would show."""
+        return sorted(self.sinks + self.resident + self.window)
+
+
+@define
+class PlainRow:
+    """One sequence under one trigger."""
+
+    policy: Policy
+    layout: LayerLayout
+    text: Text  # of this row alone, without padding
+    heads: list[PlainHead]
+    first: bool = True
+    length: int = 0
+
+    def queries(self, position: int, head: int | None) -> list[Vector]:
+        """Queries of a position: those of one KV head's group, or all."""
+        group = self.layout.group_size
+        own = slice(None) if head is None else slice(head * group, (head + 1) * group)
+        return self.text.query[0, own, position].tolist()
+
+    def is_event(self, head: int) -> bool:
+        """r_t < tau, or the first step of a turn."""
+        which = head if self.policy.trigger.heads == "kv-head" else None
+        now, before = self.queries(self.length, which), self.queries(self.length - 1, which)
+        if self.policy.trigger.rope == "before":
+            assert self.layout.rotate is not None
+            before = self.layout.rotate(torch.tensor(before, dtype=torch.float64), 1).tolist()
+        similarity = sum(map(cosine, now, before)) / len(now)
+        return self.first or similarity < self.policy.trigger.tau
+
+    def read(self, num_tokens: int) -> None:
+        """Prompt tokens."""
+        for head in self.heads:
+            head.read(num_tokens)
+        self.length += num_tokens
+        self.first = True
+
+    def step(self) -> None:
+        """One generated token."""
+        events = [self.is_event(head) for head in range(len(self.heads))]
+        for index, (head, event) in enumerate(zip(self.heads, events)):
+            head.step(event)
+            if event:
+                head.select(self.queries(self.length, index), self.layout.sm_scale)
+        self.length += 1
+        self.first = False
+
+
+def plain_rows(policy: Policy, case: Case, layout: LayerLayout, text: Text) -> list[PlainRow]:
+    """A program for every row."""
+    rows = []
+    for batch, padding in enumerate(case.padding):
+        own = text.row(batch, padding)
+        heads = [PlainHead(policy, own.keys[0, head].tolist()) for head in range(layout.num_kv_heads)]
+        rows.append(PlainRow(policy, layout, own, heads))
+    return rows
+
+
+@pytest.mark.parametrize("execution", ["dense", "offload"])
+@examples(1.5)
+@given(policy=variants(LOUISKV), case=cases())
+def test_every_step(execution: str, policy: Policy, case: Case):
+    """Units, attended positions and outputs are those of the plain program, over all turns and chunks."""
+    layout = case.layout()
+    text, layer = case.text(layout), case.layer(policy, execution)
+    rows = plain_rows(policy, case, layout, text)
+    for call in case.calls():
+        out = make_call(layer, text, case, call)
+        for row, num in zip(rows, case.num_real(call)):
+            row.read(num) if call.is_prompt else row.step()
+        for batch, row in enumerate(rows):
+            for index, head in enumerate(row.heads):
+                closed = int(layer.ledger.num_closed[batch, index])
+                assert unit_positions(layer, batch, index, closed) == head.left + head.closed
+        if not call.is_prompt:
+            expected = [[head.attended() for head in row.heads] for row in rows]
+            assert attended(layer) == expected
+            own = attention_over(text, case, layout, call.start, expected)
+            torch.testing.assert_close(out, own, atol=1e-10, rtol=1e-10)

@@ -1,0 +1,141 @@
+"""Transfers: rows that were written come back, and every byte on the link is counted."""
+
+import copy
+
+import pytest
+import torch
+from helpers import make_layout, make_text, small_stages, stage_id
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvframe import HostPool, KeepOnDevice, LayerLayout, Transfer
+from kvframe.memory.pool import RowStore
+
+every_transfer = pytest.mark.parametrize("transfer", small_stages("transfer"), ids=stage_id)
+LAYOUT = make_layout(batch_size=3, num_kv_heads=2, head_dim=4, value_dim=5)
+NUM_ROWS = 40
+
+
+def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor, Tensor]:
+    """A store planned for a few rows and grown twice, filled row by row and in blocks; and what was stored."""
+    text = make_text(LAYOUT, NUM_ROWS, 0)
+    store = transfer.init(LAYOUT, first)
+    for batch in range(LAYOUT.batch_size):
+        store.write(batch, 0, text.keys[batch, :, :first], text.values[batch, :, :first])
+    store.grow(first + 3)
+    store.grow(NUM_ROWS)
+    for batch, start in enumerate((first + 1, first + 2, NUM_ROWS)):
+        store.write(batch, first, text.keys[batch, :, first:start], text.values[batch, :, first:start])
+    # The rows of a batch with padding: each sequence is at a length of its own, until it is full.
+    for step in range(NUM_ROWS):
+        rows = [min(first + 1 + step, NUM_ROWS - 1), min(first + 2 + step, NUM_ROWS - 1), NUM_ROWS - 1]
+        batches = torch.arange(LAYOUT.batch_size)
+        store.append(rows, text.keys[batches, :, rows], text.values[batches, :, rows])
+    return store, text.keys, text.values
+
+
+def slots(capacity: int) -> tuple[Tensor, Tensor]:
+    """Resident slots in the middle of larger buffers, marked."""
+    k_slots, v_slots = LAYOUT.zeros(capacity + 4)
+    return k_slots.fill_(-777)[:, :, 2:-2], v_slots.fill_(-777)[:, :, 2:-2]
+
+
+@every_transfer
+def test_rows_written_are_rows_read(transfer: Transfer):
+    """Whatever slab a row lies in, and however it came there."""
+    store, keys, values = filled(transfer)
+
+    assert store.num_rows == NUM_ROWS
+    for batch in range(LAYOUT.batch_size):
+        for stop in (1, 12, 13, 15, 16, NUM_ROWS):
+            read_keys, read_values = store.read(batch, stop)
+            assert torch.equal(read_keys, keys[batch, :, :stop]) and torch.equal(read_values, values[batch, :, :stop])
+
+
+@every_transfer
+@given(seed=st.integers(0, 2**16), capacity=st.integers(1, 20))
+def test_recalled_rows(transfer: Transfer, seed: int, capacity: int):
+    """Every slot gets the row named for it, from whichever slab; slots with no row named stay as they are."""
+    store, keys, values = filled(transfer)
+    generator = torch.Generator().manual_seed(seed)
+    incoming = torch.randint(0, NUM_ROWS, (3, 2, capacity), generator=generator)
+    incoming[torch.rand(incoming.shape, generator=generator) < 0.4] = -1
+    before = store.traffic.rows_recalled.clone()
+    k_slots, v_slots = slots(capacity)
+    k_expected, v_expected = k_slots.clone(), v_slots.clone()
+    for batch, head, slot in (incoming >= 0).nonzero().tolist():
+        row = int(incoming[batch, head, slot])
+        k_expected[batch, head, slot], v_expected[batch, head, slot] = keys[batch, head, row], values[batch, head, row]
+    store.recall(incoming, k_slots, v_slots)
+
+    assert torch.equal(k_slots, k_expected) and torch.equal(v_slots, v_expected)
+    assert torch.equal(store.traffic.rows_recalled - before, (incoming >= 0).sum(-1))
+
+
+def test_bytes_over_the_link():
+    """The host pool counts what is written, read and recalled; on the device nothing crosses the link."""
+    row_bytes = (4 + 5) * 8
+    (pool, _, _), (kept, _, _) = filled(HostPool()), filled(KeepOnDevice())
+    written = 2 * (3 * 12 + (1 + 2 + 28) + 3 * NUM_ROWS)
+    for store in (pool, kept):
+        store.read(1, 30)
+        store.recall(torch.tensor([3, -1, 39]).expand(3, 2, 3), *slots(3))
+
+    assert pool.traffic.bytes_to_host == written * row_bytes
+    assert int(pool.traffic.bytes_to_device) == (2 * 30 + 3 * 2 * 2) * row_bytes
+    assert (kept.traffic.bytes_to_host, int(kept.traffic.bytes_to_device)) == (0, 0)
+    assert int(kept.traffic.rows_recalled.sum()) == 3 * 2 * 2
+    pool.traffic.clear()
+    assert (pool.traffic.bytes_to_host, int(pool.traffic.bytes_to_device)) == (0, 0)
+    assert not pool.traffic.rows_recalled.any()
+
+
+@every_transfer
+def test_deep_copy(transfer: Transfer):
+    """A copy holds the same rows and counts, and shares nothing with the original."""
+    store, keys, _ = filled(transfer)
+    store.recall(torch.zeros(3, 2, 1, dtype=torch.int64), *slots(1))
+    twin = copy.deepcopy(store)
+    count = store.traffic.rows_recalled.clone()
+    other = torch.zeros(2, NUM_ROWS, 4, dtype=torch.float64)
+    store.write(0, 0, other, torch.zeros(2, NUM_ROWS, 5, dtype=torch.float64))
+    store.recall(torch.zeros(3, 2, 1, dtype=torch.int64), *slots(1))
+    store.grow(NUM_ROWS + 5)
+
+    assert twin.num_rows == NUM_ROWS and torch.equal(twin.read(0, NUM_ROWS)[0], keys[0])
+    assert torch.equal(twin.traffic.rows_recalled, count)
+    assert type(twin) is type(store)
+
+
+layouts = st.builds(
+    make_layout,
+    batch_size=st.integers(1, 3),
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.integers(1, 9),
+    value_dim=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+
+
+@every_transfer
+@given(layout=layouts, num_rows=st.integers(1, 63))
+def test_host_memory_is_known_beforehand(transfer: Transfer, layout: LayerLayout, num_rows: int):
+    """What `host_bytes` says a store will take is what it takes; the rest lies on the device."""
+    store = transfer.init(layout, num_rows)
+    num_heads = layout.batch_size * layout.num_kv_heads
+
+    assert store.num_rows == num_rows
+    assert transfer.host_bytes(layout, num_rows) == store.host_bytes()
+    assert store.host_bytes() + store.device_bytes() == num_rows * layout.row_bytes * num_heads
+
+
+def test_growing_moves_nothing():
+    """What is stored stays where it is, so that addresses handed to a kernel stay valid."""
+    store = HostPool().init(LAYOUT, 10)
+    first = store._slabs[0][1].data_ptr()
+    store.grow(5)
+    assert store.num_rows == 10
+    store.grow(11)
+
+    assert store.num_rows == 11 and store._slabs[0][1].data_ptr() == first

@@ -1,0 +1,127 @@
+"""Hypothesis strategies for cases, stages and policies.
+
+Options are drawn by their name, or by their annotation where that lists the choices, so that whatever is registered
+joins; an option of another kind keeps its default.
+"""
+
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from helpers import Case, Turn
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from kvframe import Policy
+from kvframe.options import option_names
+from kvframe.registry import PolicyRecord, default_registry
+from kvframe.stages import SLOTS, PageUnits, Stage, TokenUnits
+from kvframe_louis import ClusterUnits, SegmentUnits
+
+
+def examples(factor: float) -> settings:
+    """So many times the examples of the profile: fewer where one is expensive, more where it is cheap."""
+    return settings(max_examples=max(1, round(settings.default.max_examples * factor)))
+
+
+_FEW = st.integers(1, 4)
+_OUTPUT = st.one_of(
+    st.just(TokenUnits()),
+    st.builds(PageUnits, page_size=_FEW),
+    st.builds(SegmentUnits, min_segment=_FEW, max_segment=st.integers(1, 6)),
+)
+_PROMPT = _OUTPUT | st.builds(
+    ClusterUnits, cluster_size=_FEW, num_iterations=st.integers(0, 3), split_factor=st.integers(1, 3)
+)
+
+# By the name of the option. No unit is larger than the smallest budget.
+_OPTIONS: dict[str, SearchStrategy[Any]] = {
+    "block_size": st.integers(5, 40),
+    "cluster_size": _FEW,
+    "max_segment": st.integers(1, 6),
+    "min_segment": _FEW,
+    "num_iterations": st.integers(0, 3),
+    "output": _OUTPUT,
+    "page_size": _FEW,
+    "prompt": _PROMPT,
+    "sink_size": st.integers(0, 6),
+    "split_factor": st.integers(1, 3),
+    "stride": st.integers(1, 5),
+    "tau": st.sampled_from([-1.0, 0.0, 0.5, 0.9, 1.5]),
+    "token_budget": st.integers(4, 16) | st.sampled_from([40, 300]),
+    "window_size": st.integers(1, 12),
+}
+
+
+def options(config_cls: type[Any]) -> SearchStrategy[dict[str, Any]]:
+    """Options of a stage or of a policy's config."""
+    hints = get_type_hints(config_cls)
+    drawn: dict[str, SearchStrategy[Any]] = {}
+    for name in option_names(config_cls):
+        if name in _OPTIONS:
+            drawn[name] = _OPTIONS[name]
+        elif get_origin(hints[name]) is Literal:
+            drawn[name] = st.sampled_from(get_args(hints[name]))
+        elif hints[name] is bool:
+            drawn[name] = st.booleans()
+    return st.fixed_dictionaries(drawn)
+
+
+def stages(slot: str) -> SearchStrategy[Stage]:
+    """Any registered stage of a slot."""
+    records = st.sampled_from(default_registry().stages(slot))
+    return records.flatmap(lambda record: options(record.stage).map(lambda drawn: record.make(**drawn)))
+
+
+def variants(record: PolicyRecord, dense_layers: tuple[Any, ...] = ((),)) -> SearchStrategy[Policy]:
+    """A registered policy with small options, and one of these sets of dense layers unless all of its are."""
+
+    def make(drawn: dict[str, Any], dense: Any) -> Policy:
+        policy = record.make(**drawn)
+        return policy if policy.dense_layers == "all" else policy.swap(dense_layers=dense)
+
+    return st.builds(make, options(record.config_cls), st.sampled_from(dense_layers))
+
+
+def compositions(name: str = "louiskv") -> SearchStrategy[Policy]:
+    """A policy with any stage in any slot."""
+    base = variants(default_registry().policy_spec(name))
+    return st.builds(
+        lambda policy, changes: policy.swap(**changes),
+        base,
+        st.fixed_dictionaries({}, optional={slot: stages(slot) for slot in SLOTS}),
+    )
+
+
+@st.composite
+def turns(draw: st.DrawFn, *, max_turns: int = 3, max_prompt: int = 50, max_steps: int = 14) -> tuple[Turn, ...]:
+    """One to three turns; prompts may be shorter than sinks or window, and may come in chunks."""
+    parts = []
+    for _ in range(draw(st.integers(1, max_turns))):
+        num_tokens = draw(st.integers(1, 8) | st.integers(9, max_prompt))
+        cuts = draw(st.sets(st.integers(1, num_tokens), max_size=2)) | {0, num_tokens}
+        chunks = tuple(stop - start for start, stop in pairwise(sorted(cuts)))
+        parts.append(Turn(chunks=chunks, num_steps=draw(st.integers(1, max_steps))))
+    return tuple(parts)
+
+
+@st.composite
+def cases(draw: st.DrawFn, **limits: int) -> Case:
+    """Shapes, padding, turns, and whether memory was planned for all of it."""
+    batch_size = draw(st.integers(1, 3))
+    parts = draw(turns(**limits))
+    # Every row has at least one token of its own in the first prompt, and one row has no padding.
+    padding = [draw(st.integers(0, sum(parts[0].chunks) - 1)) for _ in range(batch_size)]
+    padding[draw(st.integers(0, batch_size - 1))] = 0
+    num_kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (1, 3), (3, 2)]))
+    return Case(
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        group_size=group_size,
+        head_dim=draw(st.sampled_from([4, 5, 8, 16])),
+        value_dim=draw(st.sampled_from([None, None, 3])),
+        padding=tuple(padding),
+        turns=parts,
+        capacity=draw(st.none() | st.integers(1, 40)),
+        seed=draw(st.integers(0, 2**16)),
+    )
