@@ -2,7 +2,7 @@
 
     python benchmarks/decode_cpu.py [--context 8192] [--steps 64] [--json]
 
-1. `window` against transformers' DynamicCache at the same number of attended tokens: what the framework itself costs a step.
+1. `window` against transformers' DynamicCache at the same number of attended tokens: what the framework costs a step.
 2. LouisKV against DynamicCache at a long context: decode steps of the same model in the same run, in turns.
 3. Time in k-means against the whole float32 prefill of that context.
 """

@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
+from kvframe.plugins import create_plugin_manager
 from kvframe.policy import Policy
+from kvframe.registry import Registry
 from kvframe.stages import (
     DecoupledUnits,
     EveryStep,
@@ -32,6 +34,7 @@ from kvframe.types import Decision, Invariant, LayerLayout, ModelLayout, StepInp
 if TYPE_CHECKING:
     from kvframe.calibration import calibrate
     from kvframe.hf import RetrievalCache, attach
+    from kvframe.report import Report
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,8 @@ __all__ = [
     "PageUnits",
     "Policy",
     "PolicySpec",
+    "Registry",
+    "Report",
     "RetrievalCache",
     "Scorer",
     "SelectNothing",
@@ -65,12 +70,13 @@ __all__ = [
     "Units",
     "attach",
     "calibrate",
+    "create_plugin_manager",
     "hookimpl",
     "policy",
 ]
 
 # These need transformers, which is loaded when one of them is first asked for.
-_LAZY = {"attach": "kvframe.hf", "RetrievalCache": "kvframe.hf", "calibrate": "kvframe.calibration"}
+_LAZY = {"attach": "kvframe.hf", "RetrievalCache": "kvframe.hf", "calibrate": "kvframe.calibration", "Report": "kvframe.report"}
 
 
 def policy(name: str, /, **options: Any) -> Policy:

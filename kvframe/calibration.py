@@ -148,6 +148,8 @@ def _chunks(texts: Iterable[Tensor | Sequence[int]], chunk_size: int) -> list[Te
     chunks: list[Tensor] = []
     for text in texts:
         ids = torch.as_tensor(text)
+        if ids.numel() == 0:
+            continue
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]
         if ids.dim() != 1 or ids.is_floating_point():

@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 INTRODUCTION = "Read the following text carefully. I will ask you a question about it at the end."
 # Said three times over, because a model of 135 million parameters easily misses what technical prose says once.
 SENTENCES = (
-    "The secret word of the old lighthouse is {word}.",
-    "Remember it: the secret word of the old lighthouse is {word}.",
-    "Once more: the secret word of the old lighthouse is {word}.",
+    "The favourite animal of the lighthouse keeper is the {animal}.",
+    "Remember it: the favourite animal of the lighthouse keeper is the {animal}.",
+    "Once more: the favourite animal of the lighthouse keeper is the {animal}.",
 )
-QUESTION = "What is the secret word of the old lighthouse?"
-# None of them is in the prose, and each is one token.
-WORDS = (
-    *("candle", "castle", "copper", "dragon", "eagle", "honey", "lemon", "marble"),
-    *("pepper", "rocket", "saddle", "silver", "tiger", "turtle", "violin", "walnut"),
-)
+QUESTION = "What is the favourite animal of the lighthouse keeper?"
+# None of them is in the prose, nor what the model would guess.
+ANIMALS = ("bear", "elephant", "fox", "goat", "monkey", "rabbit", "snake", "tiger", "turtle", "whale", "wolf")
 
 # A paragraph with more signs than this is a table, a grammar or code.
 _SHARE_OF_LETTERS = 0.95
@@ -71,7 +68,7 @@ def build_prompt(
 ) -> DemoPrompt:
     """A prompt with at least `num_tokens` tokens of prose.
 
-    seed: orders the prose and draws the word that is to be remembered.
+    seed: orders the prose and draws the animal that is to be remembered.
     depth: share of the prose before the fact.
 
     Raises ConfigError for a tokenizer without a chat template, and for more tokens than there is prose.
@@ -79,8 +76,8 @@ def build_prompt(
     if tokenizer.chat_template is None:
         raise ConfigError("the demo needs a tokenizer with a chat template; this one has none")
     generator = random.Random(seed)
-    word = generator.choice(WORDS)
-    fact = " ".join(SENTENCES).format(word=word)
+    animal = generator.choice(ANIMALS)
+    fact = " ".join(SENTENCES).format(animal=animal)
     paragraphs = _enough(tokenizer, generator, num_tokens)
     place = round(depth * len(paragraphs))
     body = "\n\n".join([INTRODUCTION, *paragraphs[:place], fact, *paragraphs[place:], QUESTION])
@@ -95,7 +92,7 @@ def build_prompt(
         input_ids=encoded["input_ids"],
         fact=fact,
         question=QUESTION,
-        answer=word,
+        answer=animal,
         fact_start=int(inside[0]),
         fact_end=int(inside[-1]) + 1,
     )

@@ -96,10 +96,19 @@ class Policy:
         known = [attribute.name for attribute in attrs.fields(type(self))]
         for key, value in changes.items():
             if key not in known:
-                raise ConfigError(f"a policy has no field {key!r}{hint(key, known, 'fields')}")
+                raise ConfigError(f"a policy has no field {key!r}{self._owner(key) or hint(key, known, 'fields')}")
             if key in SLOTS:
                 check_slot(key, value)
         return attrs.evolve(self, **changes)
+
+    def _owner(self, option: str) -> str:
+        """Where an option that is no field of a policy belongs, for an error; empty if nowhere."""
+        for slot in SLOTS:
+            stage = self.stage(slot)
+            if any(attribute.name == option for attribute in attrs.fields(type(stage))):  # type: ignore[arg-type]
+                example = f"swap({slot}=attrs.evolve(policy.{slot}, {option}=...))"
+                return f"; it belongs to the {slot} {type(stage).__name__}: {example}, or kvframe.policy(name, {option}=...)"
+        return ""
 
     def is_dense(self, layer_idx: int) -> bool:
         """Whether a layer keeps its whole KV on the device."""

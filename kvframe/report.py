@@ -105,9 +105,10 @@ class Report:
     host_kv_bytes: int
     index_bytes: int
     """Device memory for finding units."""
-    seconds_to_first_token: float
+    seconds_to_first_token: float | None
+    """Summed over calls of `generate`; None without one."""
     tokens_per_second: float | None
-    """Decode steps a second; times the batch size for tokens of all sequences."""
+    """Decode steps of all sequences a second; a step with proposed tokens counts once. None without `generate`."""
     captured_mass: float | None
     oracle_recall: float | None
     layers: tuple[LayerReport, ...]
@@ -134,7 +135,7 @@ class Report:
                 f"{self.attended_retrieved:.0f} retrieved + {self.attended_window:.0f} window",
             ),
             ("rows selected", f"{self.rows_selected:,}, of which {self.rows_recalled:,} had to be recalled"),
-            ("resident hit rate", "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"),
+            ("resident hit rate", _or_dash(self.hit_rate, ".1%")),
             ("to device", f"{_size(self.bytes_to_device)}, {_size(self.bytes_to_device_per_step)} a step"),
             ("to host", _size(self.bytes_to_host)),
             ("prompt units", _histogram(self.prompt_unit_sizes)),
@@ -142,8 +143,8 @@ class Report:
             ("KV on the device", f"{_size(self.device_kv_bytes)}, peak {_size(self.peak_device_kv_bytes)}"),
             ("KV on the host", _size(self.host_kv_bytes)),
             ("index", _size(self.index_bytes)),
-            ("time to first token", f"{self.seconds_to_first_token:.2f} s"),
-            ("steps a second", "-" if self.tokens_per_second is None else f"{self.tokens_per_second:.2f}"),
+            ("time to first token", _or_dash(self.seconds_to_first_token, ".2f", " s")),
+            ("tokens a second", _or_dash(self.tokens_per_second, ".2f")),
         ]
         if self.captured_mass is not None and self.oracle_recall is not None:
             lines.append(("captured mass", f"{self.captured_mass:.1%}, recall of the oracle {self.oracle_recall:.1%}"))
@@ -158,6 +159,7 @@ def make_report(
     layers = tuple(_layer_report(runtime) for runtime in retrieval)
     device = sum(runtime.device_bytes() for runtime in runtimes)
     steps = timeline.num_decode_steps
+    batch_size = runtimes[0].layout.batch_size if runtimes else 0
     selected, recalled = sum(r.rows_selected for r in layers), sum(r.rows_recalled for r in layers)
     to_device = sum(r.bytes_to_device for r in layers)
     attended = [_mean([getattr(r, f"attended_{kind}") for r in layers]) for kind in ("sinks", "retrieved", "window")]
@@ -183,8 +185,8 @@ def make_report(
         peak_device_kv_bytes=device + in_flight_bytes,
         host_kv_bytes=sum(runtime.host_bytes() for runtime in runtimes),
         index_bytes=sum(runtime.index_bytes() for runtime in runtimes),
-        seconds_to_first_token=timeline.prefill_seconds,
-        tokens_per_second=steps / timeline.decode_seconds if timeline.decode_seconds else None,
+        seconds_to_first_token=timeline.prefill_seconds or None,
+        tokens_per_second=steps * batch_size / timeline.decode_seconds if timeline.decode_seconds else None,
         captured_mass=_mean([r.captured_mass or 0.0 for r in layers]) if watched else None,
         oracle_recall=_mean([r.oracle_recall or 0.0 for r in layers]) if watched else None,
         layers=layers,
@@ -229,6 +231,10 @@ def _count_sizes(runtimes: Sequence[RetrievalLayer], *, prompt: bool) -> dict[in
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _or_dash(value: float | None, spec: str, suffix: str = "") -> str:
+    return "-" if value is None else f"{value:{spec}}{suffix}"
 
 
 def _size(num_bytes: float) -> str:

@@ -63,7 +63,7 @@ class RetrievalLayer(LayerRuntime):
         self._index = UnitIndex(layout, policy.scorer) if policy.selector.capacity else None
         self.stats = RetrievalStats(layout)
         # Position of every row; prompt blocks permute theirs. No step needs it, so it stays on the host.
-        self.row_positions = torch.arange(capacity).repeat(layout.batch_size, layout.num_kv_heads, 1)
+        self.row_positions = torch.arange(capacity, dtype=torch.int32).repeat(layout.batch_size, layout.num_kv_heads, 1)
         self._trigger_state: Any = policy.trigger.init(layout)
         self._units_state: Any = policy.units.init(layout)
         self._tail: Tentative | None = None
@@ -84,7 +84,7 @@ class RetrievalLayer(LayerRuntime):
         # More than was planned: in steps that are large enough to be rare.
         num_rows = max(num_rows, self.capacity + _SLAB_ROWS)
         self.memory.reserve(num_rows)
-        more = torch.arange(self.capacity, num_rows).expand(*self.row_positions.shape[:2], -1)
+        more = torch.arange(self.capacity, num_rows, dtype=torch.int32).expand(*self.row_positions.shape[:2], -1)
         self.row_positions = torch.cat([self.row_positions, more], -1)
         if not self.ledger.in_prompt:
             self._reserve_output_units()
@@ -294,7 +294,7 @@ class RetrievalLayer(LayerRuntime):
 
     def attended_positions(self, batch: int, head: int) -> Tensor:
         positions = self.row_positions[batch, head][self.memory.attended_rows(batch, head)]
-        return positions.sort().values
+        return positions.sort().values.long()
 
     def unit_sizes(self, *, prompt: bool) -> Tensor:
         """Sizes of all closed prompt units, or of all closed segments, of every head; reads the device."""
@@ -312,6 +312,12 @@ class RetrievalLayer(LayerRuntime):
 
     def index_bytes(self) -> int:
         return self.ledger.nbytes() + (0 if self._index is None else self._index.nbytes())
+
+
+def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int:
+    """Host memory that an offloading `RetrievalLayer` takes for `num_rows` tokens a sequence."""
+    positions = layout.batch_size * layout.num_kv_heads * num_rows * torch.int32.itemsize
+    return policy.transfer.host_bytes(layout, num_rows) + positions
 
 
 def _make_memory(

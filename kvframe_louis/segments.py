@@ -13,8 +13,7 @@ from kvframe.validators import integer
 
 @frozen(kw_only=True)
 class SegmentUnits(UnitBuilder):
-    """Contiguous runs of generated tokens, cut where the trigger is due: the segment ends before that token (arXiv
-    2510.11292).
+    """Contiguous runs of generated tokens, cut before each token at which the trigger is due (arXiv 2510.11292).
 
     An event closes a segment only if that holds `min_segment` tokens; otherwise it goes on growing, so that of two
     events in a row the second closes none. A segment of `max_segment` tokens is closed without an event. A prompt,
@@ -23,7 +22,9 @@ class SegmentUnits(UnitBuilder):
 
     name: ClassVar[str] = "segments"
     min_segment: int = field(default=4, validator=integer(at_least=1))
+    """An event closes a segment only if that holds this many tokens."""
     max_segment: int = field(default=64, validator=integer(at_least=1))
+    """A segment of this many tokens is closed without an event."""
 
     @property
     def unit_size(self) -> int:

@@ -69,7 +69,7 @@ def demo(
         print_json({"model": str(folder)} | asked | generated.to_dict())
     else:
         verdict = "The fact came back" if found else "The fact did NOT come back"
-        out().print(f"\n{verdict}: the word is {prompt.answer}.", markup=False)
+        out().print(f"\n{verdict}: the animal is the {prompt.answer}.", markup=False)
         out().rule()
         out().print(str(generated.report), markup=False)
     if not found:

@@ -58,9 +58,10 @@ class Run:
         call = read_call(self.model, args, kwargs)
         cache = call.cache if call.cache is not None else self._make_cache(call.max_length)
         with cache.one_call(call.prompt_end, call.max_length, call.batch_size):
-            self._cache = cache
-            # Any other than None would clash with the given cache, one from generation_config.json included.
-            return original(**call.arguments | {"past_key_values": cache, "cache_implementation": None})
+            try:
+                return original(**call.arguments, past_key_values=cache)
+            finally:
+                self._cache = cache  # not before: a model that is its own assistant generates meanwhile
 
 
 @contextmanager

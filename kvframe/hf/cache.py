@@ -40,7 +40,7 @@ from kvframe.memory.available import available_host_memory
 from kvframe.policy import Policy
 from kvframe.registry import Registry, default_registry
 from kvframe.report import Report, Timeline, make_report
-from kvframe.runtime import RetrievalLayer
+from kvframe.runtime import RetrievalLayer, host_bytes_needed
 from kvframe.types import Execution, LayerLayout, ModelLayout
 
 Extend = Literal["full", "retrieve"]
@@ -315,7 +315,7 @@ class RetrievalCache(Cache):
 
     def _host_bytes(self, layer: RetrievalCacheLayer, layout: LayerLayout, capacity: int) -> int:
         if self.execution == "offload" and not self.policy.is_dense(layer.layer_idx):
-            return self.policy.transfer.host_bytes(layout, capacity)
+            return host_bytes_needed(layout, self.policy, capacity)
         if layout.device.type != "cpu":
             return 0
         return layout.batch_size * layout.num_kv_heads * capacity * layout.row_bytes

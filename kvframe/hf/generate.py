@@ -51,6 +51,9 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
         return next((value for value in values if value is not None), None)
 
     _check_settings(model, setting, arguments)
+    if setting("cache_implementation") is not None:
+        # It would clash with the cache that is passed, even where it comes from generation_config.json.
+        arguments["cache_implementation"] = None
     cache = arguments.pop("past_key_values", None)
     num_rows, num_inputs = _input_shape(arguments)
     batch_size = num_rows * (setting("num_return_sequences") or 1)
@@ -61,6 +64,11 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
         _check_cache(model, cache, setting("prefill_chunk_size"))
         if cache.get_seq_length():
             _check_continues(cache, batch_size, num_inputs, prompt_end)
+            if "inputs_embeds" in arguments and num_inputs != prompt_end:
+                raise CacheMismatchError(
+                    f"inputs_embeds of {num_inputs} tokens came with a mask over {prompt_end}; expected the embeddings of "
+                    "all tokens of the conversation, or input_ids"
+                )
             if padding is not None and len(padding) == batch_size:
                 cache.check_padding(padding, batch_size, cache.get_seq_length())
     return GenerateCall(

@@ -33,14 +33,14 @@ class Selector(Stage):
 
 @frozen(kw_only=True)
 class TopBudget(Selector):
-    """Units in score order until `token_budget` tokens are taken; the last unit is cut so that the budget is met
-    exactly.
+    """Units in score order until the budget is filled exactly; the last unit is cut to fit.
 
     Ties go to the lower unit. The same budget for every head.
     """
 
     name: ClassVar[str] = "top-budget"
     token_budget: int = field(default=1024, validator=integer(at_least=1))
+    """Tokens that every head retrieves, where there are as many; sinks and window come on top."""
 
     @property
     def capacity(self) -> int:

@@ -77,6 +77,7 @@ class FixedStride(Trigger):
 
     name: ClassVar[str] = "fixed-stride"
     stride: int = field(default=16, validator=integer(at_least=1))
+    """Steps from one selection to the next."""
 
     def init(self, layout: LayerLayout) -> _Counter:
         return _Counter(steps=_everywhere(False, layout).long())

@@ -96,6 +96,7 @@ class PageUnits(UnitBuilder):
 
     name: ClassVar[str] = "pages"
     page_size: int = field(default=16, validator=integer(at_least=1))
+    """Tokens of a page."""
 
     @property
     def unit_size(self) -> int:
@@ -125,7 +126,9 @@ class DecoupledUnits(UnitBuilder):
 
     name: ClassVar[str] = "decoupled"
     prompt: UnitBuilder = field()
+    """Builds the prompt's units."""
     output: UnitBuilder = field()
+    """Cuts what comes after the prompt."""
 
     @prompt.validator
     @output.validator

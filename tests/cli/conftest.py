@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from cli.words import TEXT
 from typer.testing import CliRunner, Result
 
 from kvframe.cli.app import app
-
-TEXT = "the quick brown fox jumps over the lazy dog while a small grey cat sleeps under the old table . "
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +39,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=2,
+        initializer_range=0.3,
     )
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data[:3] = 0.0  # words, rather than special tokens, which no text shows
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

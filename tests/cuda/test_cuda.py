@@ -19,6 +19,7 @@ PROMPT, STEPS = 90, 40
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
+    """A tiny random model on the device."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -36,6 +37,7 @@ def model() -> LlamaForCausalLM:
 
 
 def padded_prompt() -> dict[str, Tensor]:
+    """Two rows, the second with left padding."""
     torch.manual_seed(1)
     ids = torch.randint(3, 256, (2, PROMPT), device="cuda")
     mask = torch.ones_like(ids)
@@ -44,6 +46,7 @@ def padded_prompt() -> dict[str, Tensor]:
 
 
 def generate(model: LlamaForCausalLM, **options: object) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a greedy run."""
     out = model.generate(
         **padded_prompt(),
         do_sample=False,
@@ -57,6 +60,7 @@ def generate(model: LlamaForCausalLM, **options: object) -> tuple[Tensor, Tensor
 
 
 def small(name: str, token_budget: int) -> kvframe.Policy:
+    """A policy with sizes that fit a short text."""
     options = {"token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "dense_layers": ()}
     known = {field.name for field in default_registry().policy_spec(name).config_cls.__attrs_attrs__}
     return kvframe.policy(name, **{key: value for key, value in options.items() if key in known})

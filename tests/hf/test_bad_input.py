@@ -495,6 +495,13 @@ class TestMismatch:
             generate(run.model, prompt, past_key_values=run.cache)
         assert run.cache.get_seq_length() == 63
 
+    def test_embeddings_of_new_tokens(self, run: Any) -> None:
+        """Embeddings are always those of the whole text."""
+        embeddings, mask = torch.zeros(2, 3, 32), make_prompt(num_tokens=66).attention_mask
+        with never_forward(run.model), refused(CacheMismatchError, "inputs_embeds of 3 tokens", "mask over 66"):
+            run.model.generate(inputs_embeds=embeddings, attention_mask=mask, past_key_values=run.cache)
+        assert run.cache.get_seq_length() == 63
+
     @pytest.mark.skipif(VERSION.release >= (5, 23), reason="transformers 5.23 continues a warm chunked prefill")
     def test_warm_chunked_prefill(self, run: Any) -> None:
         """Older transformers would read the prompt again from its start."""

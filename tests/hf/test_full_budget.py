@@ -106,17 +106,14 @@ def test_dense_layers_are_left_out() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "tau, prefill", [(2.0, ONE_SHOT), (0.7, {"prefill_chunk_size": 128})], ids=["every-step", "semantic-chunked"]
-)
-def test_smollm2(smollm2: Any, tau: float, prefill: dict[str, Any]) -> None:
+def test_smollm2(smollm2: Any) -> None:
     """The same holds on a trained model, with a prompt of a few hundred tokens."""
-    prompt = smollm2_prompt(smollm2.tokenizer)
-    model = smollm2.model
-    expected = smollm2_plain(model, prompt)
+    model, prompt = smollm2.model, smollm2_prompt(smollm2.tokenizer)
+    expected = generate(model, prompt, max_new_tokens=NUM_STEPS)
+    policy = louiskv(512, tau=0.7, cluster_size=16, window_size=32, dense_layers=(0, 1))
 
-    with kvframe.attach(model, louiskv(512, tau=tau, cluster_size=16, window_size=32, dense_layers=(0, 1))) as run:
-        answer = generate(model, prompt, max_new_tokens=NUM_STEPS, **prefill)
+    with kvframe.attach(model, policy) as run:
+        answer = generate(model, prompt, max_new_tokens=NUM_STEPS, prefill_chunk_size=128)
 
     assert_same(answer, expected)
     assert_retrieved(run.report(), num_layers=28)
@@ -129,13 +126,3 @@ def smollm2_prompt(tokenizer: Any) -> Prompt:
     encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     assert 200 < encoded.input_ids.shape[1] < 500 and int(encoded.attention_mask[1, 0]) == 0
     return Prompt(encoded.input_ids, encoded.attention_mask)
-
-
-_smollm2_answers: list[Answer] = []
-
-
-def smollm2_plain(model: Any, prompt: Prompt) -> Answer:
-    """What the model gives by itself, computed once."""
-    if not _smollm2_answers:
-        _smollm2_answers.append(generate(model, prompt, max_new_tokens=NUM_STEPS))
-    return _smollm2_answers[0]

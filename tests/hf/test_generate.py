@@ -5,6 +5,8 @@ import functools
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,7 @@ from hf.tiny import (
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
 
 import kvframe
 from kvframe import LayerLayout, hookimpl
@@ -168,6 +171,16 @@ class TestProposedTokens:
         steps = run.report().num_decode_steps
         assert steps < NEW_TOKENS // 2 if good else steps > NEW_TOKENS // 2
 
+    def test_its_own_assistant(self) -> None:
+        """A model may propose to itself, over a cache of its own; the report is of the main one."""
+        model = model_of("Llama")
+        expected = generate(model, self.prompt)
+        with kvframe.attach(model, louiskv()) as run:
+            answer = generate(model, self.prompt, assistant_model=model)
+
+        assert_same(answer, expected)
+        assert run.cache.get_seq_length() == expected.tokens.shape[1] - 1
+
     def test_tight_budget(self) -> None:
         """Proposed tokens retrieve as decoding does, in `offload` just as in `dense`."""
         model = model_of("Llama")
@@ -250,6 +263,17 @@ class TestChunkedPrefill:
         assert_same(answers[0], answers[1])
 
 
+@contextmanager
+def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What transformers logs inside goes to `caplog`, also what it says once only."""
+    transformers_logging.warning_once.cache_clear()
+    transformers_logging.enable_propagation()
+    try:
+        yield
+    finally:
+        transformers_logging.disable_propagation()
+
+
 class TestSettings:
     """Ways to pass arguments."""
 
@@ -262,11 +286,24 @@ class TestSettings:
             for settings in ({}, {"cache_implementation": "dynamic"}):
                 assert_same(generate(model, **settings), plain())
                 assert run.report().num_decode_steps == NEW_TOKENS - 1
+            model.generation_config.cache_implementation = None
             prompt = make_prompt()
             tokens = model.generate(prompt.input_ids, config, attention_mask=prompt.attention_mask)
 
         assert tokens.tolist() == plain().tokens.tolist()
         assert run.report().num_decode_steps == NEW_TOKENS - 1
+
+    def test_nothing_is_added_to_a_generation_config(self, caplog: pytest.LogCaptureFixture) -> None:
+        """transformers warns where one comes with further settings, so none of ours come with it."""
+        config = GenerationConfig(max_new_tokens=2, do_sample=False)
+        prompt = make_prompt()
+        with kvframe.attach(model_of("Llama"), louiskv()), transformers_log(caplog):
+            model_of("Llama").generate(**prompt._asdict(), generation_config=config)
+        assert caplog.text == ""
+
+        with transformers_log(caplog):
+            model_of("Llama").generate(**prompt._asdict(), generation_config=config, max_new_tokens=3)
+        assert "Passing `generation_config` together with" in caplog.text
 
     def test_streamer(self) -> None:
         """Tokens are streamed as they come."""
@@ -294,10 +331,16 @@ class TestSettings:
         model, prompt = model_of("Llama"), make_prompt()
         embeddings = model.get_input_embeddings()(prompt.input_ids)
         settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "attention_mask": prompt.attention_mask}
-        with kvframe.attach(model, louiskv()):
-            tokens = model.generate(inputs_embeds=embeddings, **settings)
+        with kvframe.attach(model, louiskv()) as run:
+            first = model.generate(inputs_embeds=embeddings, **settings)
+            ids = torch.cat([prompt.input_ids, first, make_prompt(num_tokens=3, padding=0).input_ids], 1)
+            mask = torch.ones_like(ids)
+            mask[1, :PADDING] = 0
+            settings |= {"attention_mask": mask, "past_key_values": run.cache}
+            second = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **settings)
 
-        assert tokens.tolist() == plain().tokens[:, PROMPT_TOKENS:].tolist()
+        assert first.tolist() == plain().tokens[:, PROMPT_TOKENS:].tolist()
+        assert second.tolist() == generate(model, Prompt(ids, mask)).tokens[:, ids.shape[1] :].tolist()
 
     def test_inferred_padding(self) -> None:
         """Without a mask transformers reads the padding from the ids."""
