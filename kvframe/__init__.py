@@ -76,7 +76,12 @@ __all__ = [
 ]
 
 # These need transformers, which is loaded when one of them is first asked for.
-_LAZY = {"attach": "kvframe.hf", "RetrievalCache": "kvframe.hf", "calibrate": "kvframe.calibration", "Report": "kvframe.report"}
+_LAZY = {
+    "attach": "kvframe.hf",
+    "RetrievalCache": "kvframe.hf",
+    "Report": "kvframe.report",
+    "calibrate": "kvframe.calibration",
+}
 
 
 def policy(name: str, /, **options: Any) -> Policy:

@@ -107,7 +107,9 @@ class Policy:
             stage = self.stage(slot)
             if any(attribute.name == option for attribute in attrs.fields(type(stage))):  # type: ignore[arg-type]
                 example = f"swap({slot}=attrs.evolve(policy.{slot}, {option}=...))"
-                return f"; it belongs to the {slot} {type(stage).__name__}: {example}, or kvframe.policy(name, {option}=...)"
+                return (
+                    f"; {type(stage).__name__} in slot {slot} has it: {example}, or kvframe.policy(name, {option}=...)"
+                )
         return ""
 
     def is_dense(self, layer_idx: int) -> bool:

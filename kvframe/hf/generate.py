@@ -66,8 +66,8 @@ def read_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
             _check_continues(cache, batch_size, num_inputs, prompt_end)
             if "inputs_embeds" in arguments and num_inputs != prompt_end:
                 raise CacheMismatchError(
-                    f"inputs_embeds of {num_inputs} tokens came with a mask over {prompt_end}; expected the embeddings of "
-                    "all tokens of the conversation, or input_ids"
+                    f"inputs_embeds of {num_inputs} tokens came with a mask over {prompt_end}; expected the embeddings "
+                    "of all tokens of the conversation, or input_ids"
                 )
             if padding is not None and len(padding) == batch_size:
                 cache.check_padding(padding, batch_size, cache.get_seq_length())

@@ -45,8 +45,11 @@ class RowStore(ABC):
         """Rows [start, start + n) of one sequence; keys [H, n, D], values [H, n, Dv]."""
 
     @abstractmethod
-    def append(self, rows: list[int], keys: Tensor, values: Tensor) -> None:
-        """One token of every sequence at its row; keys [B, H, D], values [B, H, Dv]."""
+    def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """One token of every head at its row.
+
+        rows: int64 [B, H], on the device: no host has to know them. keys: [B, H, D], values: [B, H, Dv].
+        """
 
     @abstractmethod
     def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -114,21 +117,19 @@ class RowPool(RowStore):
                 slab[batch, :, rows, self._layout.head_dim :].copy_(values[:, source])
         self._count_to_host(keys.shape[0] * keys.shape[1])
 
-    def append(self, rows: list[int], keys: Tensor, values: Tensor) -> None:
-        head_dim = self._layout.head_dim
-        if len(set(rows)) == 1:
-            first, slab = self._slab_of(rows[0])
-            slab[:, :, rows[0] - first, :head_dim].copy_(keys)
-            slab[:, :, rows[0] - first, head_dim:].copy_(values)
-        else:
-            for batch, row in enumerate(rows):
-                first, slab = self._slab_of(row)
-                slab[batch, :, row - first, :head_dim].copy_(keys[batch])
-                slab[batch, :, row - first, head_dim:].copy_(values[batch])
+    def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        token = torch.cat([keys, values], -1)[:, :, None].to(self._device)
+        rows = rows.to(self._device)
+        for first, slab in self._slabs:
+            local = (rows - first)[..., None, None]
+            place = local.clamp(0, slab.shape[2] - 1).expand_as(token)
+            if len(self._slabs) > 1:
+                # A row of another slab leaves this one as it is.
+                inside = (local >= 0) & (local < slab.shape[2])
+                slab.scatter_(2, place, torch.where(inside, token, slab.gather(2, place)))
+            else:
+                slab.scatter_(2, place, token)
         self._count_to_host(keys.shape[0] * keys.shape[1])
-
-    def _slab_of(self, row: int) -> tuple[int, Tensor]:
-        return next((first, slab) for first, slab in reversed(self._slabs) if first <= row)
 
     def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
         parts = [slab[batch, :, : stop - first] for first, slab in self._slabs if first < stop]

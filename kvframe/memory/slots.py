@@ -82,7 +82,7 @@ class SlotMemory(LayerMemory):
         slot = slot[..., None]
         self.k_slots.scatter_(2, slot.expand(-1, -1, -1, keys.shape[-1]), keys[:, :, None])
         self.v_slots.scatter_(2, slot.expand(-1, -1, -1, values.shape[-1]), values[:, :, None])
-        self._store.append([length - 1 for length in self._ledger.lengths], keys, values)
+        self._store.append(position, keys, values)
 
     def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
         return self._read_slots(self._slot(self._run(start, width)))

@@ -75,17 +75,29 @@ def empty_ledger(num_heads: int, sink_size: int, num_steps: int) -> tuple[torch.
 
 
 @given(
-    cuts=st.lists(st.none() | st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=63),
+    num_steps=st.integers(1, 63),
+    rate=st.floats(0, 0.6),
     min_size=st.integers(1, 5),
     more=st.integers(0, 5),
     sink_size=st.integers(0, 6),
     window_size=st.integers(1, 12),
     ahead=st.integers(0, 4),
+    seed=st.integers(0, 2**16),
 )
 def test_definition(
-    cuts: list[list[bool] | None], min_size: int, more: int, sink_size: int, window_size: int, ahead: int
+    num_steps: int,
+    rate: float,
+    min_size: int,
+    more: int,
+    sink_size: int,
+    window_size: int,
+    ahead: int,
+    seed: int,
 ):
     """Counters and boundaries are those of a ledger of lists at every step, and the same units leave."""
+    generator = torch.Generator().manual_seed(seed)
+    cuts: list[list[bool] | None] = (torch.rand(num_steps, 3, generator=generator) < rate).tolist()
+    cuts = [None if not any(cut) and step % 2 else cut for step, cut in enumerate(cuts)]
     max_size = min_size + more
     heads = [PlainHead(sink_size) for _ in range(3)]
     counts, offsets = empty_ledger(3, sink_size, len(cuts))

@@ -176,7 +176,7 @@ class WatchedStore(RowStore):
         self.written += keys.nbytes + values.nbytes
         self.store.write(batch, start, keys, values)
 
-    def append(self, rows: list[int], keys: Tensor, values: Tensor) -> None:
+    def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         self.written += keys.nbytes + values.nbytes
         self.store.append(rows, keys, values)
 

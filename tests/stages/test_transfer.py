@@ -31,7 +31,8 @@ def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor, Tenso
     for step in range(NUM_ROWS):
         rows = [min(first + 1 + step, NUM_ROWS - 1), min(first + 2 + step, NUM_ROWS - 1), NUM_ROWS - 1]
         batches = torch.arange(LAYOUT.batch_size)
-        store.append(rows, text.keys[batches, :, rows], text.values[batches, :, rows])
+        heads = torch.tensor(rows)[:, None].expand(-1, LAYOUT.num_kv_heads)
+        store.append(heads, text.keys[batches, :, rows], text.values[batches, :, rows])
     return store, text.keys, text.values
 
 
