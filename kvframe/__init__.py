@@ -6,9 +6,9 @@ Importing this package loads neither transformers nor triton.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe.plugins import create_plugin_manager
-from kvframe.policy import Policy
 from kvframe.registry import Registry
 from kvframe.stages import (
     DecoupledUnits,

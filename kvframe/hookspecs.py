@@ -23,7 +23,7 @@ from attrs import Factory, field, frozen
 if TYPE_CHECKING:
     import torch
 
-    from kvframe.policy import Policy
+    from kvframe.composition import Policy
     from kvframe.stages.base import Stage
     from kvframe.types import LayerLayout, ModelLayout
 

@@ -26,7 +26,7 @@ from kvframe.suggest import hint
 if TYPE_CHECKING:
     import torch
 
-    from kvframe.policy import Policy
+    from kvframe.composition import Policy
     from kvframe.types import LayerLayout, ModelLayout
 
 GROUP = "kvframe"

@@ -15,7 +15,7 @@ from kvframe.stages import SLOTS, Scorer, Selector, Stage, Transfer, Trigger, Un
 from kvframe.suggest import hint
 
 if TYPE_CHECKING:
-    from kvframe.policy import Policy
+    from kvframe.composition import Policy
 
 _BASES: dict[str, type[Stage]] = {base.slot: base for base in (Trigger, UnitBuilder, Scorer, Selector, Transfer)}
 _NOUNS = {"units": "unit builder"}
@@ -66,7 +66,7 @@ class PolicyRecord:
     def make(self, **options: Any) -> "Policy":
         """The policy with these options; `ConfigError` if it does not have or accept them."""
         # Policy.from_dict looks stages up here, so the modules need each other
-        from kvframe.policy import Policy
+        from kvframe.composition import Policy
 
         policy = self.spec.build(configure(self.config_cls, options))
         if not isinstance(policy, Policy):

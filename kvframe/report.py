@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from attrs import define, field, frozen
 
+from kvframe.composition import Policy
 from kvframe.layer import LayerRuntime
 from kvframe.memory.dense import ShadowMemory
 from kvframe.memory.ledger import RESIDENT, SINKS, WINDOW
-from kvframe.policy import Policy
 from kvframe.runtime import RetrievalLayer
 
 

@@ -7,13 +7,13 @@ from attrs import define
 from torch import Tensor
 
 from kvframe.attention import causal_attention
+from kvframe.composition import Policy
 from kvframe.layer import LayerRuntime
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.dense import DenseMemory, ShadowMemory
 from kvframe.memory.index import UnitIndex
 from kvframe.memory.ledger import Ledger
 from kvframe.memory.slots import SlotMemory
-from kvframe.policy import Policy
 from kvframe.stats import RetrievalStats
 from kvframe.types import Execution, LayerLayout, StepInputs
 from kvframe_kernels.slot_attention import slot_attention

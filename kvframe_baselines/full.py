@@ -2,7 +2,7 @@
 
 from attrs import frozen
 
-from kvframe.policy import Policy
+from kvframe.composition import Policy
 from kvframe.stages import KeepOnDevice, MeanKey, Never, SelectNothing, TokenUnits
 
 

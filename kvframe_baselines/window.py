@@ -4,7 +4,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from kvframe.policy import Policy
+from kvframe.composition import Policy
 from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
 
 

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from attrs import frozen
 
-from kvframe.policy import Policy
+from kvframe.composition import Policy
 from kvframe.stages import DecoupledUnits, HostPool, MeanKey, TopBudget
 from kvframe_louis.clusters import ClusterUnits
 from kvframe_louis.segments import SegmentUnits

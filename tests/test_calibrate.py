@@ -373,14 +373,14 @@ def test_trigger_sees_what_calibrate_saw(model: Any) -> None:
 def test_rate_on_other_prose(smollm2: Any) -> None:
     """The same on SmolLM2 and prose.
 
-    Prose is no coin: neighbouring steps and layers go together, and topics differ. Over 64 steps the standard error of
-    one layer is 0.05 at least; the mean over 30 layers, of which perhaps five are independent, stays within 0.1.
+    Prose is no coin: neighbouring steps and layers go together, and topics differ. Over 40 steps the standard error of
+    one layer is 0.07 at least; the mean over 30 layers, of which perhaps five are independent, stays within 0.1.
     """
     topics = prose_topics()
     ids = smollm2.tokenizer("\n\n".join(topics), add_special_tokens=False, verbose=False)["input_ids"]
-    found = calibrate(smollm2.model, [ids[:768]], retrieval_rate=0.25, chunk_size=384)
+    found = calibrate(smollm2.model, [ids[:384]], retrieval_rate=0.25)
 
-    rates = rates_in_shadow_of_prose(smollm2.model, torch.tensor(ids[5000:5160]), found)
+    rates = rates_in_shadow_of_prose(smollm2.model, torch.tensor(ids[5000:5105]), found)
 
     assert len(rates) == 30
     assert sum(rates) / len(rates) == pytest.approx(0.25, abs=0.1)
@@ -391,6 +391,6 @@ def rates_in_shadow_of_prose(model: Any, ids: Tensor, found: Calibration) -> lis
     policy = kvframe.policy("louiskv", tau=found.tau, sink_size=4, window_size=16, token_budget=32, dense_layers=())
     with kvframe.attach(model, policy, execution="shadow") as run, torch.no_grad():
         cache = run.new_cache(len(ids))
-        for tokens in (ids[:96], *ids[96:].split(1)):
+        for tokens in (ids[:64], *ids[64:].split(1)):
             model(tokens[None], past_key_values=cache)
     return [(layer.selections / 3 - 1) / (layer.num_steps - 1) for layer in cache.report().layers]

@@ -14,8 +14,8 @@ from kvframe.types import Execution
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kvframe.composition import Policy
     from kvframe.demo import DemoPrompt
-    from kvframe.policy import Policy
 
 _MAX_NEW_TOKENS = 32
 
@@ -50,8 +50,9 @@ def demo(
     model, tokenizer = load(str(folder), dtype, quiet=json)
     prompt = build_prompt(tokenizer, num_tokens=prompt_tokens, seed=seed)
     if not json:
-        errors.print(f"{folder.name}, {model.dtype}".replace("torch.", ""), f"on {model.device}", markup=False)
-        errors.print(_describe(prompt, made), markup=False)
+        dtype_name = str(model.dtype).removeprefix("torch.")
+        errors.print(f"model: {folder.name}, {dtype_name} on {model.device}", markup=False, soft_wrap=True)
+        errors.print(_describe(prompt, made), markup=False, soft_wrap=True)
     generated = generate_text(
         model,
         tokenizer,
@@ -101,11 +102,16 @@ def _fetch(*, quiet: bool) -> "Path":
 def _describe(prompt: "DemoPrompt", policy: "Policy") -> str:
     """What is asked, and whether the fact lies where a step attends anyway."""
     sinks, recent = policy.sink_size, prompt.num_tokens - policy.window_size
-    always = policy.dense_layers == "all" or prompt.fact_start < sinks or prompt.fact_end > recent
+    place = "outside of sinks and window, so it has to be retrieved"
+    if policy.dense_layers == "all":
+        place = "attended in any case, as all layers are dense"
+    elif prompt.fact_start < sinks or prompt.fact_end > recent:
+        place = "attended in any case, as sinks or window reach it"
     return (
-        f"prompt: {prompt.num_tokens:,} tokens; a fact at tokens {prompt.fact_start:,} to {prompt.fact_end:,}: "
-        f"{prompt.fact}\n"
-        f"policy: {policy.name}, {sinks} sinks + {policy.selector.capacity} retrieved + {policy.window_size} recent "
-        f"tokens; {'the fact is attended in any case' if always else 'the fact is attended only where it is retrieved'}"
-        f"\nquestion: {prompt.question}\n"
+        f"policy: {policy.name}: {sinks} sinks + {policy.selector.capacity} retrieved + {policy.window_size} recent tokens; "
+        f"dense layers {policy.dense_layers or 'none'}\n"
+        f"prompt: {prompt.num_tokens:,} tokens of prose with a fact at tokens {prompt.fact_start:,} to "
+        f"{prompt.fact_end:,}, {place}\n"
+        f"fact: {prompt.fact}\n"
+        f"question: {prompt.question}\n"
     )

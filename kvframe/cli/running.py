@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from kvframe.policy import Policy
+    from kvframe.composition import Policy
     from kvframe.report import Report
     from kvframe.types import Execution
 

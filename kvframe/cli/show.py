@@ -22,8 +22,8 @@ def show(
     json: JSON = False,
 ) -> None:
     """A policy's stages with all their fields, its sizes, its options and what it promises."""
+    from kvframe.composition import Policy
     from kvframe.options import parse_options
-    from kvframe.policy import Policy
     from kvframe.registry import default_registry
 
     record = default_registry().policy_spec(policy)

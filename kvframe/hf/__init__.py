@@ -4,7 +4,7 @@ Importing this package makes the attention name "kvframe" known to transformers,
 attn_implementation="kvframe".
 """
 
-from kvframe.hf.attach import Run, attach
+from kvframe.hf.attachment import Run, attach
 from kvframe.hf.attention import register
 from kvframe.hf.cache import RetrievalCache
 from kvframe.hf.support import ATTENTION_NAME

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kvframe.composition import Policy
 from kvframe.dense_layer import DenseLayer
 from kvframe.errors import (
     CacheMismatchError,
@@ -37,7 +38,6 @@ from kvframe.hf.support import (
 )
 from kvframe.layer import LayerRuntime
 from kvframe.memory.available import available_host_memory
-from kvframe.policy import Policy
 from kvframe.registry import Registry, default_registry
 from kvframe.report import Report, Timeline, make_report
 from kvframe.runtime import RetrievalLayer, host_bytes_needed

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvframe.errors import ConfigError
-from kvframe.hf.attach import _configs
+from kvframe.hf.attachment import _configs
 from kvframe.hf.attention import forget, is_remembered, kvframe_attention, kvframe_mask, remember
 from kvframe.hf.support import decoder_config, decoder_of
 

@@ -103,7 +103,7 @@ class TestCommand:
         assert found["found"] is False and found["answer"] not in found["text"]
         assert f"The fact did NOT come back: the animal is the {found['answer']}." in result.stdout
         assert "retrieval rate" in result.stdout
-        assert "attended only where it is retrieved" in result.stderr and found["question"] in result.stderr
+        assert "so it has to be retrieved" in result.stderr and found["question"] in result.stderr
 
     def test_json_is_complete(self, tiny_chat: Path, run_json: RunJson) -> None:
         """What was asked, what came, and the report."""

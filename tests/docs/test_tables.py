@@ -19,8 +19,8 @@ import typer
 from kvframe import errors, models
 from kvframe.cli.app import app
 from kvframe.cli.fields import field_notes
+from kvframe.composition import Policy
 from kvframe.plugins import create_plugin_manager
-from kvframe.policy import Policy
 from kvframe.registry import PolicyRecord, Registry, StageRecord
 from kvframe.report import LayerReport, Report
 from kvframe.stages import SLOTS

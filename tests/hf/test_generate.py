@@ -252,6 +252,25 @@ class TestChunkedPrefill:
         assert_same(answer, plain())
         assert run.report().num_decode_steps == NEW_TOKENS - 1
 
+    @pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+    @pytest.mark.parametrize("chunk_size", [1, 7])
+    def test_one_mask_for_all_chunks(self, chunk_size: int, dtype: torch.dtype) -> None:
+        """A mask may cover tokens that are still to come, and be the same for every forward pass."""
+        model, prompt = model_of("Llama"), make_prompt()
+        mask, ids = prompt.attention_mask.to(dtype), prompt.input_ids
+        positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0)
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+        logits = []
+        with kvframe.attach(model, louiskv()) as run, torch.no_grad():
+            cache = run.new_cache()
+            cache.prompt_end = PROMPT_TOKENS
+            for part in torch.arange(PROMPT_TOKENS).split(chunk_size):
+                inputs = {"attention_mask": mask, "position_ids": positions[:, part], "past_key_values": cache}
+                logits.append(model(ids[:, part], **inputs).logits)
+
+        real = prompt.attention_mask.bool()
+        torch.testing.assert_close(torch.cat(logits, 1)[real], expected[real], atol=1e-4, rtol=0)
+
     @pytest.mark.parametrize("chunk_size", [1, 13])
     def test_executions_agree(self, chunk_size: int) -> None:
         """Under a tight budget `offload` gives what `dense` gives."""

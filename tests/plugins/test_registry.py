@@ -8,10 +8,10 @@ import attrs
 import pytest
 from attrs.validators import ge
 
+from kvframe.composition import Policy
 from kvframe.errors import ConfigError, KvframeError, NameConflictError, PluginError, UnknownNameError
 from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe.plugins import create_plugin_manager
-from kvframe.policy import Policy
 from kvframe.registry import Registry, default_registry
 from kvframe.stages import SLOTS, EveryStep, KeepOnDevice, MeanKey, PageUnits, Scorer, Stage, TopBudget
 

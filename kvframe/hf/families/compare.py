@@ -9,7 +9,7 @@ from attrs import evolve, frozen
 from transformers import PreTrainedModel
 
 from kvframe.errors import UnsupportedCallError, UnsupportedModelError
-from kvframe.hf.attach import attach
+from kvframe.hf.attachment import attach
 from kvframe.hf.cache import RetrievalCache
 from kvframe.hf.families.configs import build_model
 from kvframe.hf.families.outcome import Outcome, Status

@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.hf.attention import forget, is_remembered, remember
 from kvframe.hf.cache import RetrievalCache
 from kvframe.hf.generate import read_call
 from kvframe.hf.support import ATTENTION_NAME, decoder_config, decoder_of
-from kvframe.policy import Policy
 from kvframe.registry import Registry
 from kvframe.report import Report
 from kvframe.types import Execution
