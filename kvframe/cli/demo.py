@@ -108,8 +108,8 @@ def _describe(prompt: "DemoPrompt", policy: "Policy") -> str:
     elif prompt.fact_start < sinks or prompt.fact_end > recent:
         place = "attended in any case, as sinks or window reach it"
     return (
-        f"policy: {policy.name}: {sinks} sinks + {policy.selector.capacity} retrieved + {policy.window_size} recent tokens; "
-        f"dense layers {policy.dense_layers or 'none'}\n"
+        f"policy: {policy.name}: {sinks} sinks + {policy.selector.capacity} retrieved + {policy.window_size} recent "
+        f"tokens; dense layers {policy.dense_layers or 'none'}\n"
         f"prompt: {prompt.num_tokens:,} tokens of prose with a fact at tokens {prompt.fact_start:,} to "
         f"{prompt.fact_end:,}, {place}\n"
         f"fact: {prompt.fact}\n"

@@ -58,10 +58,11 @@ class Run:
         call = read_call(self.model, args, kwargs)
         cache = call.cache if call.cache is not None else self._make_cache(call.max_length)
         with cache.one_call(call.prompt_end, call.max_length, call.batch_size):
+            self._cache = cache
             try:
                 return original(**call.arguments, past_key_values=cache)
             finally:
-                self._cache = cache  # not before: a model that is its own assistant generates meanwhile
+                self._cache = cache  # again: a model that is its own assistant has generated meanwhile
 
 
 @contextmanager

@@ -72,7 +72,13 @@ def _reason_against(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder; expected a decoder-only language model"
     config = decoder_config(model)
-    return _config_reason(config) or _module_reason(model) or _layer_reason(config) or _cache_reason(type(model))
+    return (
+        _config_reason(config)
+        or _interface_reason(model)
+        or _layer_reason(config)
+        or _module_reason(model, stock_layers(config))
+        or _cache_reason(type(model))
+    )
 
 
 def _config_reason(config: Any) -> str | None:
@@ -84,7 +90,7 @@ def _config_reason(config: Any) -> str | None:
     for name in ("attn_logit_softcapping", "attn_logit_softcap"):
         if getattr(config, name, None):
             return f"it caps attention logits ({name}={getattr(config, name)}), which the decode attention does not do"
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
+    if getattr(config, "num_kv_shared_layers", 0) or any(getattr(config, "kv_sharing_modes", None) or ()):
         return "layers share each other's keys and values, so that no layer owns what a policy would move"
     if not getattr(config, "is_causal", True):
         return "its attention is bidirectional; expected a causal language model"
@@ -93,10 +99,17 @@ def _config_reason(config: Any) -> str | None:
     return None
 
 
-def _module_reason(model: PreTrainedModel) -> str | None:
+def _interface_reason(model: PreTrainedModel) -> str | None:
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
+    return None
+
+
+def _module_reason(model: PreTrainedModel, layers: list[Any]) -> str | None:
     for name, module in model.named_modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        if isinstance(layer_idx, int) and layer_idx < len(layers) and not is_retrieval_layer(layers[layer_idx]):
+            continue  # a layer that keeps its stock cache also keeps its stock attention
         if "attn" in name.rsplit(".", 1)[-1] or "attention" in type(module).__name__.lower():
             if getattr(module, "sinks", None) is not None:
                 return f"its attention has learned sinks ({name}.sinks), which the decode attention does not do"

@@ -683,6 +683,22 @@ class TestNonFinite:
             assert run.cache.get_seq_length() == 0
             assert_usable(run, run.cache)
 
+    def test_told_at_the_end(self) -> None:
+        """A device is not asked at every step: what it has noticed by the end of a call is told then."""
+        with kvframe.attach(model_of("Llama"), louiskv()) as run:
+            cache = run.new_cache()
+
+            def notice(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                runtime = cache.managed_layers[1].runtime
+                assert runtime is not None
+                runtime._finite[1, 0] = False
+                return torch.zeros(2, dtype=torch.bool)
+
+            with refused(NonFiniteError, "layer 1, KV head 0, batch row 1"):
+                generate(run.model, past_key_values=cache, stopping_criteria=[notice])
+            assert cache.get_seq_length() == 0
+            assert_usable(run, cache)
+
     @pytest.mark.parametrize("dense_layers", [(), (0, 1)], ids=["retrieval", "dense"])
     def test_padding_does_not_count(self, dense_layers: tuple[int, ...]) -> None:
         """What padding holds is nobody's business."""

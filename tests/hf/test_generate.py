@@ -123,8 +123,10 @@ class TestTurns:
 
         assert_same(answer, generate(model, turns[1]))
 
-    def test_nothing_is_allocated_step_by_step(self, turns: list[Prompt]) -> None:
+    def test_nothing_is_allocated_step_by_step(self, monkeypatch: pytest.MonkeyPatch, turns: list[Prompt]) -> None:
         """A turn makes room once, when it begins."""
+        monkeypatch.setattr("kvframe.runtime._SLAB_ROWS", 1)
+        monkeypatch.setattr("kvframe.dense_layer._SLAB_ROWS", 1)
         model = model_of("Llama")
         with kvframe.attach(model, louiskv(dense_layers=(0,))) as run:
             generate(model, turns[0])

@@ -27,12 +27,12 @@ def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor, Tenso
     store.grow(NUM_ROWS)
     for batch, start in enumerate((first + 1, first + 2, NUM_ROWS)):
         store.write(batch, first, text.keys[batch, :, first:start], text.values[batch, :, first:start])
-    # The rows of a batch with padding: each sequence is at a length of its own, until it is full.
+    # Every head is at a row of its own, as the sequences of a batch with padding are, until all are full.
+    batches, heads = torch.arange(LAYOUT.batch_size)[:, None], torch.arange(LAYOUT.num_kv_heads)
+    starts = torch.tensor([[first + 1, first], [first + 2, first + 1], [NUM_ROWS, first]])
     for step in range(NUM_ROWS):
-        rows = [min(first + 1 + step, NUM_ROWS - 1), min(first + 2 + step, NUM_ROWS - 1), NUM_ROWS - 1]
-        batches = torch.arange(LAYOUT.batch_size)
-        heads = torch.tensor(rows)[:, None].expand(-1, LAYOUT.num_kv_heads)
-        store.append(heads, text.keys[batches, :, rows], text.values[batches, :, rows])
+        rows = (starts + step).clamp(max=NUM_ROWS - 1)
+        store.append(rows, text.keys[batches, heads, rows], text.values[batches, heads, rows])
     return store, text.keys, text.values
 
 
