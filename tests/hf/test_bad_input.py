@@ -91,11 +91,6 @@ class TestModels:
             ("gemma2", ("caps attention logits", "attn_logit_softcapping=")),
             ("gpt_oss", ("learned sinks", "self_attn.sinks")),
             ("gemma3n_text", ("layers share each other's keys and values",)),
-            pytest.param(
-                "gemma4_text",
-                ("layers share each other's keys and values",),
-                marks=pytest.mark.skipif(VERSION.release < (5, 23), reason="the tiny config shares nothing yet there"),
-            ),
             ("bloom", ("does not go through transformers' attention interface",)),
             ("minimax", ("a cache of its own making",)),
             ("mamba", ("no layer keeps a full KV cache", "nothing to retrieve")),
@@ -160,6 +155,21 @@ class TestModels:
                     run.model(make_prompt().input_ids, past_key_values=cache)
             assert cache.get_seq_length() == 0
             assert_usable(run, cache)
+
+    def test_keys_changed_in_the_last_layer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Found out even where no further layer comes to notice."""
+        update = RetrievalCache.update
+
+        def changing(self: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            keys, values = update(self, keys, values, layer_idx, *args, **kwargs)
+            return (keys * 1, values) if layer_idx == 1 else (keys, values)
+
+        with kvframe.attach(model_of("Llama"), louiskv()) as run:
+            with monkeypatch.context() as patch:
+                patch.setattr(RetrievalCache, "update", changing)
+                with refused(UnsupportedModelError, "layer 1: the model changes keys or values"):
+                    generate(run.model, make_prompt(padding=0), max_new_tokens=1)
+            assert_usable(run, run.cache)
 
 
 def attach_once(model: Any, policy: Any, **settings: Any) -> None:

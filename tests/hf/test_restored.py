@@ -131,6 +131,18 @@ def test_as_it_was(make: Callable[[], Any], leave: Callable[[Any], None], error:
     assert torch.equal(generate(model).logits, answer.logits)
 
 
+def test_a_config_inside_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the decoder's config that has no module of its own is switched with it, and back."""
+    model, part = make_model("Llama"), make_config("Llama", attn_implementation="eager")
+    model.config.part, part.part = part, None
+    monkeypatch.setattr(type(model.config), "sub_configs", {"part": type(part)})
+    names = []
+    with kvframe.attach(model, louiskv()):
+        names.append(model.config.part._attn_implementation)
+
+    assert [*names, model.config.part._attn_implementation] == [ATTENTION_NAME, "eager"]
+
+
 def test_a_generate_of_ones_own() -> None:
     """An instance's own `generate` is called, and stays."""
     model, calls = make_model("Llama"), []
