@@ -95,7 +95,7 @@ def attach(
         )
     if is_remembered(decoder_config(model)):
         raise ConfigError("the model, or one that shares its config, is attached already; leave that block first")
-    configs = _configs(model)
+    configs = configs_of(model)
     implementations = [config._attn_implementation_internal for config in configs]
     original: Any = model.generate
     was_own = "generate" in vars(model)
@@ -120,7 +120,7 @@ def attach(
             forget(config)
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: PreTrainedModel) -> list[Any]:
     """Every config in the model, those inside other configs included, once each."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvframe.errors import ConfigError
-from kvframe.hf.attachment import _configs
+from kvframe.hf.attachment import configs_of
 from kvframe.hf.attention import forget, is_remembered, kvframe_attention, kvframe_mask, remember
 from kvframe.hf.support import decoder_config, decoder_of
 
@@ -35,7 +35,7 @@ def observe_queries(model: PreTrainedModel, observer: Observer) -> Iterator[None
         raise ConfigError("the model is attached or watched already; leave that block first")
     AttentionInterface.register(_OBSERVED_NAME, _observed_attention)
     AttentionMaskInterface.register(_OBSERVED_NAME, kvframe_mask)
-    configs = _configs(model)
+    configs = configs_of(model)
     implementations = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
