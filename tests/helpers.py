@@ -441,6 +441,26 @@ class TapedSelector(Selector):
         return self.tape(lambda: self.stage.select(scores, unit_offsets))
 
 
+@frozen(kw_only=True)
+class ScatteredTrigger(Trigger):
+    """Due at steps that differ from head to head, the first one not always among them."""
+
+    name = "scattered"
+    seed: int
+
+    def init(self, layout: LayerLayout) -> Tensor:
+        return torch.zeros(layout.batch_size, layout.num_kv_heads, dtype=torch.int64)
+
+    def begin(self, query: Tensor, state: Tensor) -> None:
+        state.zero_()
+
+    def step(self, inputs: StepInputs, state: Tensor) -> Decision:
+        heads = torch.arange(inputs.layout.num_kv_heads)
+        due = (state * 31 + heads * 17 + self.seed) * 7919 % 101 < 40
+        state.add_(1)
+        return Decision(due=due)
+
+
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ joins; an option of another kind keeps its default.
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from helpers import Case, Turn
+from helpers import Case, ScatteredTrigger, Turn
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -83,13 +83,16 @@ def variants(record: PolicyRecord, dense_layers: tuple[Any, ...] = ((),)) -> Sea
     return st.builds(make, options(record.config_cls), st.sampled_from(dense_layers))
 
 
-def compositions(name: str = "louiskv") -> SearchStrategy[Policy]:
-    """A policy with any stage in any slot."""
-    base = variants(default_registry().policy_spec(name))
+def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
+    """LouisKV with any stage in any slot; unless all are to be registered ones, perhaps with a trigger whose heads
+    decide on their own."""
+    choices = {slot: stages(slot) for slot in SLOTS}
+    if not registered:
+        choices["trigger"] |= st.builds(ScatteredTrigger, seed=st.integers(0, 100))
     return st.builds(
         lambda policy, changes: policy.swap(**changes),
-        base,
-        st.fixed_dictionaries({}, optional={slot: stages(slot) for slot in SLOTS}),
+        variants(default_registry().policy_spec("louiskv")),
+        st.fixed_dictionaries({}, optional=choices),
     )
 
 
@@ -98,7 +101,7 @@ def turns(draw: st.DrawFn, *, max_turns: int = 3, max_prompt: int = 50, max_step
     """One to three turns; prompts may be shorter than sinks or window, and may come in chunks."""
     parts = []
     for _ in range(draw(st.integers(1, max_turns))):
-        num_tokens = draw(st.integers(1, 8) | st.integers(9, max_prompt))
+        num_tokens = draw(st.integers(20, max_prompt) | st.integers(1, 8) | st.integers(12, max_prompt))
         cuts = draw(st.sets(st.integers(1, num_tokens), max_size=2)) | {0, num_tokens}
         chunks = tuple(stop - start for start, stop in pairwise(sorted(cuts)))
         parts.append(Turn(chunks=chunks, num_steps=draw(st.integers(1, max_steps))))
@@ -108,12 +111,12 @@ def turns(draw: st.DrawFn, *, max_turns: int = 3, max_prompt: int = 50, max_step
 @st.composite
 def cases(draw: st.DrawFn, **limits: int) -> Case:
     """Shapes, padding, turns, and whether memory was planned for all of it."""
-    batch_size = draw(st.integers(1, 3))
+    batch_size = draw(st.sampled_from([2, 1, 3]))
     parts = draw(turns(**limits))
     # Every row has at least one token of its own in the first prompt, and one row has no padding.
     padding = [draw(st.integers(0, sum(parts[0].chunks) - 1)) for _ in range(batch_size)]
     padding[draw(st.integers(0, batch_size - 1))] = 0
-    num_kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (1, 3), (3, 2)]))
+    num_kv_heads, group_size = draw(st.sampled_from([(2, 2), (1, 1), (2, 1), (1, 3), (3, 2)]))
     return Case(
         batch_size=batch_size,
         num_kv_heads=num_kv_heads,

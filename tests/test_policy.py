@@ -254,7 +254,7 @@ class TestPlainData:
 
         assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
-    @given(policy=compositions())
+    @given(policy=compositions(registered=True))
     def test_any_composition(self, policy: Policy):
         """And with any stage in any slot, stages within stages included."""
         data = policy.to_dict()

@@ -159,7 +159,7 @@ def _delegate(
     implementation = _DEFAULT if before is None else before._attn_implementation
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and "flash" not in implementation:
         # The mask was made for a RetrievalCache, but the keys are none that it handed on.
-        raise UnsupportedModelError(f"{type(module).__name__}: {KEYS_CHANGED}")
+        raise UnsupportedModelError(f"layer {getattr(module, 'layer_idx', type(module).__name__)}: {KEYS_CHANGED}")
     own: Any = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own)
     if attend is None:

@@ -28,7 +28,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, examples, variants
+from strategies import cases, compositions, examples, variants
 from torch import Tensor
 
 import kvframe
@@ -348,6 +348,14 @@ def test_fixed_budgets_promise_everything(record: PolicyRecord):
 def test_promise(record: PolicyRecord, invariant: Invariant, data: st.DataObject, case: Case, execution: str):
     """A policy keeps what it promises, at every step and in both executions; bytes move in one of them alone."""
     policy = data.draw(variants(record))
+    PROPERTIES[invariant](policy, case, execution)
+
+
+@pytest.mark.parametrize("invariant", Invariant, ids=lambda invariant: invariant.name.lower())
+@given(policy=compositions(), case=cases(), execution=st.sampled_from(EXECUTIONS))
+def test_promise_of_any_composition(invariant: Invariant, policy: Policy, case: Case, execution: str):
+    """So do compositions of other stages, and of a trigger whose heads decide on their own."""
+    assert invariant in policy.promises
     PROPERTIES[invariant](policy, case, execution)
 
 
