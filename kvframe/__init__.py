@@ -29,7 +29,7 @@ from kvframe.stages import (
     Trigger,
     UnitBuilder,
 )
-from kvframe.types import Decision, Invariant, LayerLayout, ModelLayout, StepInputs, Units
+from kvframe.types import Decision, Invariant, LayerLayout, LeavingUnits, ModelLayout, StepInputs, Units, UnitTable
 
 if TYPE_CHECKING:
     from kvframe.calibration import calibrate
@@ -47,6 +47,7 @@ __all__ = [
     "Invariant",
     "KeepOnDevice",
     "LayerLayout",
+    "LeavingUnits",
     "MeanKey",
     "ModelLayout",
     "Never",
@@ -67,6 +68,7 @@ __all__ = [
     "Transfer",
     "Trigger",
     "UnitBuilder",
+    "UnitTable",
     "Units",
     "attach",
     "calibrate",

@@ -14,16 +14,24 @@ _SLAB_ROWS = 1024
 
 
 class DenseLayer(LayerRuntime):
-    """One buffer of the planned capacity, and a length a sequence. Padding is not stored."""
+    """One buffer of the planned capacity, and a length a sequence. Padding is not stored.
+
+    The host knows the lengths; on a device they lie there as well, for steps that a CUDA graph repeats.
+    """
 
     def __init__(self, layout: LayerLayout, capacity: int) -> None:
         super().__init__(layout)
         self._keys, self._values = layout.zeros(capacity)
         self._lengths = [0] * layout.batch_size
+        self._stored = torch.zeros(layout.batch_size, dtype=torch.int64, device=layout.device)
 
     @property
     def lengths(self) -> list[int]:
         return list(self._lengths)
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self._stored.copy_(torch.tensor(lengths))
 
     def reserve(self, num_rows: int) -> None:
         capacity = self._keys.shape[2]
@@ -38,8 +46,24 @@ class DenseLayer(LayerRuntime):
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         num_real = [keys.shape[2]] * keys.shape[0]
+        if query.shape[2] == 1 and self.layout.device.type != "cpu":
+            self.check_finite(keys, values, num_real)
+            self.reserve(max(self._lengths) + 1)
+            return self._decode_on_device(query, keys, values)
         self._store(keys, values, num_real)
         return self._attend(query, num_real)
+
+    def _decode_on_device(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One token; nothing depends on what the host knows, so that a CUDA graph can repeat it."""
+        place = self._stored[:, None, None, None].expand(-1, self.layout.num_kv_heads, 1, -1)
+        self._keys.scatter_(2, place.expand(-1, -1, -1, keys.shape[-1]), keys)
+        self._values.scatter_(2, place.expand(-1, -1, -1, values.shape[-1]), values)
+        self._stored += 1
+        self.step_replayed()
+        return slot_attention(query, self._keys, self._values, None, self.layout.sm_scale, lengths=self._stored)[0]
+
+    def step_replayed(self) -> None:
+        self._lengths = [length + 1 for length in self._lengths]
 
     def _store(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
         self.check_finite(keys, values, num_real)
@@ -49,7 +73,7 @@ class DenseLayer(LayerRuntime):
             own = slice(keys.shape[2] - (stop - start), keys.shape[2])
             self._keys[batch, :, start:stop] = keys[batch, :, own]
             self._values[batch, :, start:stop] = values[batch, :, own]
-        self._lengths = stops
+        self._set_lengths(stops)
 
     def _attend(self, query: Tensor, num_real: list[int]) -> Tensor:
         num_queries, longest = query.shape[2], max(self._lengths)
@@ -75,10 +99,10 @@ class DenseLayer(LayerRuntime):
         return bias.masked_fill(behind, -math.inf).expand(-1, self.layout.num_kv_heads, -1)
 
     def crop(self, num_tokens: int) -> None:
-        self._lengths = [length - num_tokens for length in self._lengths]
+        self._set_lengths([length - num_tokens for length in self._lengths])
 
     def reset(self) -> None:
-        self._lengths = [0] * self.layout.batch_size
+        self._set_lengths([0] * self.layout.batch_size)
 
     def attended_positions(self, batch: int, head: int) -> Tensor:
         return torch.arange(self._lengths[batch])

@@ -41,6 +41,10 @@ class LayerRuntime(ABC):
         """One generated token of every sequence, and perhaps proposed ones behind it; shapes as in `prompt`."""
 
     @abstractmethod
+    def step_replayed(self) -> None:
+        """A captured `decode` of one token was replayed on the device: move on what the host knows of it."""
+
+    @abstractmethod
     def crop(self, num_tokens: int) -> None:
         """Take the last tokens of every sequence back."""
 

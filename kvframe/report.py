@@ -196,7 +196,7 @@ def make_report(
 def _layer_report(runtime: RetrievalLayer) -> LayerReport:
     stats, traffic = runtime.stats, runtime.memory.traffic
     chances = max(1, stats.num_steps * stats.selections.numel())
-    selected, recalled = int(stats.rows_selected.sum()), int(traffic.rows_recalled.sum())
+    selected, recalled = int(stats.rows_selected.sum()), int(stats.rows_recalled.sum())
     selections = int(stats.selections.sum())
     mass = recall = None
     if isinstance(runtime.memory, ShadowMemory):
@@ -214,7 +214,7 @@ def _layer_report(runtime: RetrievalLayer) -> LayerReport:
         attended_retrieved=int(stats.count_sums[RESIDENT].sum()) / chances,
         attended_window=int(stats.count_sums[WINDOW].sum()) / chances,
         bytes_to_host=traffic.bytes_to_host,
-        bytes_to_device=int(traffic.bytes_to_device),
+        bytes_to_device=traffic.bytes_to_device(recalled),
         captured_mass=mass,
         oracle_recall=recall,
     )

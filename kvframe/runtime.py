@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from attrs import define
+from attrs import define, evolve
 from torch import Tensor
 
 from kvframe.attention import causal_attention
@@ -15,7 +15,7 @@ from kvframe.memory.index import UnitIndex
 from kvframe.memory.ledger import Ledger
 from kvframe.memory.slots import SlotMemory
 from kvframe.stats import RetrievalStats
-from kvframe.types import Execution, LayerLayout, StepInputs
+from kvframe.types import Execution, LayerLayout, LeavingUnits, StepInputs, UnitTable
 from kvframe_kernels.slot_attention import slot_attention
 
 _SLAB_ROWS = 1024
@@ -67,6 +67,7 @@ class RetrievalLayer(LayerRuntime):
         self._trigger_state: Any = policy.trigger.init(layout)
         self._units_state: Any = policy.units.init(layout)
         self._tail: Tentative | None = None
+        self._on_cpu = layout.device.type == "cpu"
 
     @property
     def lengths(self) -> list[int]:
@@ -131,8 +132,8 @@ class RetrievalLayer(LayerRuntime):
         ahead = [length + num for length, num in zip(ledger.lengths, num_real, strict=True)]
         length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
         # Units still in the window from an earlier turn make room first.
-        while bool(ledger.leaving(length)[0].any()):
-            self._leave(length)
+        while (unit := self.memory.leave(length)) is not None:
+            self._extend_index(unit)
         for batch, num in enumerate(num_real):
             own = slice(keys.shape[2] - num, keys.shape[2])
             self._take_in_row(batch, keys[batch, :, own], values[batch, :, own])
@@ -174,17 +175,24 @@ class RetrievalLayer(LayerRuntime):
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self.check_finite(keys, values, [keys.shape[2]] * keys.shape[0])
+        if self._on_cpu or query.shape[2] > 1:
+            self.check_finite(keys, values, [keys.shape[2]] * keys.shape[0])
         self._commit_tail()
         self._begin_decode()
         self.reserve(max(self.ledger.lengths) + keys.shape[2])
-        inputs, due = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0])
-        if self._index is not None and self._worth_doing(due):
-            self._select(self._index, inputs, due)
+        inputs = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0])
+        self.ledger.count_token()
+        if self._index is not None and self._worth_doing(inputs.due):
+            self._select(self._index, inputs)
         if query.shape[2] > 1:
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.count_step(self.ledger.counts)
         return self.memory.attend(query, None if self._tail is None else (self._tail.keys, self._tail.values))
+
+    def step_replayed(self) -> None:
+        self.ledger.count_token()
+        self.stats.num_steps += 1
+        self.memory.traffic.rows_written += self.layout.batch_size * self.layout.num_kv_heads
 
     def _begin_decode(self) -> None:
         if self.ledger.in_prompt:
@@ -201,51 +209,33 @@ class RetrievalLayer(LayerRuntime):
         if self._index is not None:
             self._index.reserve(num_units)
 
-    def _append(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[StepInputs, Tensor]:
-        """Trigger and ledger for one token of every sequence; says where a selection is due."""
+    def _append(self, query: Tensor, keys: Tensor, values: Tensor) -> StepInputs:
+        """Trigger, ledger and memory for one token of every sequence; says where a selection is due."""
         inputs = StepInputs(query=query, layout=self.layout)
         decision = self.policy.trigger.step(inputs, self._trigger_state)
-        self.ledger.advance(self.policy.units.boundary(inputs, decision, self._units_state))
-        self.memory.append(keys, values)
-        self._leave()
-        return inputs, decision.due
+        cut = self.policy.units.boundary(inputs, decision, self._units_state)
+        unit = self.memory.append(keys, values, cut, None if self._on_cpu else self._finite)
+        if self._worth_doing(unit.leaves):
+            self._extend_index(unit)
+        return evolve(inputs, due=decision.due)
 
-    def _leave(self, length: Tensor | None = None) -> None:
-        """The oldest unit of each head that lies before the window enters the index, and the resident set while there
-        is room."""
-        ledger = self.ledger
-        leaves, start, size = ledger.leaving(length)
-        if not self._worth_doing(leaves):
-            return
+    def _extend_index(self, unit: LeavingUnits) -> None:
         if self._index is not None:
-            self._index_unit(self._index, start, size)
-        room = (self.policy.selector.capacity - ledger.resident).clamp(min=0)
-        self.memory.leave(leaves, start, size, ledger.max_size, room)
-        ledger.release(leaves, size, torch.minimum(size, room))
+            self.policy.scorer.extend(self._index.tensors, unit)
 
-    def _index_unit(self, index: UnitIndex, start: Tensor, size: Tensor) -> None:
-        """The summary of one unit a head, still in the window, goes into the column that its head fills next."""
-        width = self.ledger.max_size
-        keys, values = self.memory.unit(start, width)
-        inside = torch.arange(width, device=keys.device) < size[..., None]
-        unit_ids = torch.where(inside, 0, 1).flatten(0, 1)
-        entries = self.policy.scorer.index(keys.flatten(0, 1), values.flatten(0, 1), unit_ids, 1)
-        index.append(self.ledger.num_units, entries)
-
-    def _select(self, index: UnitIndex, inputs: StepInputs, due: Tensor) -> None:
+    def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
         ledger, policy = self.ledger, self.policy
         num_units = max(1, ledger.visible_units())
-        sizes = ledger.unit_offsets[..., 1 : num_units + 1] - ledger.unit_offsets[..., :num_units]
-        scores = policy.scorer.score(inputs, index.view(num_units), sizes, ledger.num_units)
-        rows, count = policy.selector.select(scores, ledger.unit_offsets)
-        self.stats.count_selection(count, due)
-        self.memory.recall(rows, due)
-        ledger.set_resident(count, due)
+        units = UnitTable(offsets=ledger.unit_offsets, num_units=ledger.num_units, max_units=num_units)
+        scores = policy.scorer.score(inputs, index.view(num_units), units)
+        rows, count = policy.selector.select(inputs, scores, units)
+        assert inputs.due is not None
+        self.memory.recall(rows, count, inputs.due, self.stats.tallies)
 
-    def _worth_doing(self, mask: Tensor) -> bool:
+    def _worth_doing(self, mask: Tensor | None) -> bool:
         """Whether a mask is set anywhere, where the host may look for free; elsewhere the work is predicated by the
         mask."""
-        return self.layout.device.type != "cpu" or bool(mask.any())
+        return not self._on_cpu or (mask is not None and bool(mask.any()))
 
     # ---- proposed tokens --------------------------------------------------------------------------------------------
 
@@ -257,6 +247,7 @@ class RetrievalLayer(LayerRuntime):
             self.reserve(max(self.ledger.lengths) + tail.num_tokens)
             for token in range(tail.num_tokens):
                 self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token])
+                self.ledger.count_token()
 
     def crop(self, num_tokens: int) -> None:
         num_tail = 0 if self._tail is None else self._tail.num_tokens
@@ -311,7 +302,8 @@ class RetrievalLayer(LayerRuntime):
         return self.memory.host_bytes()
 
     def index_bytes(self) -> int:
-        return self.ledger.nbytes() + (0 if self._index is None else self._index.nbytes())
+        held = self.ledger.nbytes() + self.memory.index_bytes()
+        return held + (0 if self._index is None else self._index.nbytes())
 
 
 def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int:
@@ -327,5 +319,5 @@ def _make_memory(
         store = policy.transfer.init(layout, capacity)
         return SlotMemory(layout, ledger, store, policy.selector.capacity, backend or slot_attention)
     if execution == "dense":
-        return DenseMemory(layout, ledger, capacity)
-    return ShadowMemory(layout, ledger, capacity)
+        return DenseMemory(layout, ledger, capacity, policy.selector.capacity)
+    return ShadowMemory(layout, ledger, capacity, policy.selector.capacity)

@@ -5,25 +5,34 @@ from torch import Tensor
 
 from kvframe.types import LayerLayout
 from kvframe_kernels.append_token import NUM_COUNTS
+from kvframe_kernels.select_units import NUM_TALLIES, ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
 
 
 class RetrievalStats:
-    """Sums over decode steps; [B, H] each."""
+    """Sums over decode steps."""
 
     def __init__(self, layout: LayerLayout) -> None:
         heads = (layout.batch_size, layout.num_kv_heads)
         self.num_steps = 0
         self.count_sums = torch.zeros(NUM_COUNTS, *heads, dtype=torch.int64, device=layout.device)
         """Sums of the ledger's counts: tokens attended, by kind."""
-        self.selections = torch.zeros(heads, dtype=torch.int64, device=layout.device)
-        """Steps at which a head selected anew."""
-        self.rows_selected = torch.zeros(heads, dtype=torch.int64, device=layout.device)
-        """Rows that selections asked for, resident or not."""
+        self.tallies = torch.zeros(NUM_TALLIES, *heads, dtype=torch.int64, device=layout.device)
+        """What selections asked for and moved."""
 
-    def count_selection(self, count: Tensor, due: Tensor) -> None:
-        """A selection of `count` [B, H] rows was made where `due`."""
-        self.selections += due
-        self.rows_selected += count * due
+    @property
+    def selections(self) -> Tensor:
+        """int64 [B, H], steps at which a head selected anew."""
+        return self.tallies[SELECTIONS]
+
+    @property
+    def rows_selected(self) -> Tensor:
+        """int64 [B, H], rows that selections asked for, resident or not."""
+        return self.tallies[ROWS_SELECTED]
+
+    @property
+    def rows_recalled(self) -> Tensor:
+        """int64 [B, H], rows of them that were not resident."""
+        return self.tallies[ROWS_RECALLED]
 
     def count_step(self, counts: Tensor) -> None:
         """One decode step, with the ledger's counts after it."""
@@ -34,5 +43,4 @@ class RetrievalStats:
         """As at the start, in place."""
         self.num_steps = 0
         self.count_sums.zero_()
-        self.selections.zero_()
-        self.rows_selected.zero_()
+        self.tallies.zero_()

@@ -77,6 +77,9 @@ class StepInputs:
     query: Tensor
     """[B, Hq, D], after RoPE: what attention sees."""
     layout: LayerLayout
+    due: Tensor | None = None
+    """bool [B, H], the heads that select in this step, once the trigger has said so. What a scorer or a selector gives
+    for the others is not used: on a device, kernels skip them."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -101,6 +104,54 @@ class Units:
     @num_units.default
     def _count(self) -> Tensor:
         return (self.sizes > 0).sum(-1)
+
+
+@frozen(kw_only=True, eq=False)
+class UnitTable:
+    """The units that can be selected, as scorer and selector see them."""
+
+    offsets: Tensor
+    """int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
+    num_units: Tensor
+    """int64 [B, H]: units behind it do not exist."""
+    max_units: int
+    """U, what scores are padded to."""
+
+    @property
+    def sizes(self) -> Tensor:
+        """int64 [B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
+        return self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]
+
+
+@frozen(kw_only=True, eq=False)
+class LeavingUnits:
+    """The unit of each head that leaves the window in this step, where one does; its tokens are still there."""
+
+    leaves: Tensor
+    """bool [B, H]: the heads that have one."""
+    column: Tensor
+    """int64 [B, H]: its number, and so its column of the index."""
+    start: Tensor
+    """int64 [B, H]: its first position."""
+    size: Tensor
+    """int64 [B, H]: its tokens; at most `max_size`. Like `column` and `start`, it means something where `leaves`."""
+    max_size: int
+    keys: Tensor
+    """[B, H, N, D]: the token at position p lies at `ring_first + p % ring_size`."""
+    values: Tensor
+    """[B, H, N, Dv], likewise."""
+    ring_first: int
+    ring_size: int
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [B * H, max_size, D], values [B * H, max_size, Dv] and unit ids int64 [B * H, max_size]: 0 for a token
+        of the unit, 1 behind its last."""
+        steps = torch.arange(self.max_size, device=self.start.device)
+        place = (self.ring_first + (self.start[..., None] + steps) % self.ring_size)[..., None]
+        keys = self.keys.gather(2, place.expand(-1, -1, -1, self.keys.shape[-1]))
+        values = self.values.gather(2, place.expand(-1, -1, -1, self.values.shape[-1]))
+        unit_ids = (steps >= self.size[..., None]).long()
+        return keys.flatten(0, 1), values.flatten(0, 1), unit_ids.flatten(0, 1)
 
 
 class Invariant(Enum):

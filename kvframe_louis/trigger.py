@@ -10,7 +10,7 @@ from kvframe.errors import ConfigError
 from kvframe.stages import Trigger
 from kvframe.types import Decision, LayerLayout, StepInputs
 from kvframe.validators import finite_number, one_of
-from kvframe_kernels.query_similarity import query_similarity
+from kvframe_kernels.query_similarity import query_turned
 
 
 @define(eq=False)
@@ -74,12 +74,17 @@ class SemanticTrigger(Trigger):
         state.first.fill_(True)
 
     def step(self, inputs: StepInputs, state: SemanticState) -> Decision:
-        layout, previous = inputs.layout, state.previous
+        layout, turned = inputs.layout, None
         if self.rope == "before" and layout.rotate is not None:
             # Turning the older query by one position leaves the angle that the two had before RoPE.
-            previous = layout.rotate(previous, 1)
-        similarity = query_similarity(inputs.query, previous, layout.num_kv_heads, self.heads == "kv-head")
-        due = (similarity < state.tau) | state.first
-        state.previous.copy_(inputs.query)
-        state.first.fill_(False)
+            turned = layout.rotate(state.previous, 1)
+        due = query_turned(
+            inputs.query,
+            state.previous,
+            state.first,
+            state.tau,
+            num_kv_heads=layout.num_kv_heads,
+            per_kv_head=self.heads == "kv-head",
+            turned=turned,
+        )
         return Decision(due=due)

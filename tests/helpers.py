@@ -15,7 +15,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 import kvframe
-from kvframe import Decision, LayerLayout, Policy, Selector, StepInputs, Trigger, UnitBuilder, Units
+from kvframe import Decision, LayerLayout, Policy, Selector, StepInputs, Trigger, UnitBuilder, Units, UnitTable
 from kvframe.options import option_names
 from kvframe.registry import PolicyRecord, default_registry
 from kvframe.runtime import RetrievalLayer
@@ -111,6 +111,12 @@ def make_layout(
         rotate=turn,
     )
     return evolve(layout, **changes)
+
+
+def unit_table(sizes: Tensor, num_units: Tensor) -> UnitTable:
+    """Units of these sizes [B, H, U], from row 0 on."""
+    offsets = torch.cat([torch.zeros_like(sizes[..., :1]), sizes.cumsum(-1)], -1)
+    return UnitTable(offsets=offsets, num_units=num_units, max_units=sizes.shape[-1])
 
 
 @frozen(kw_only=True, eq=False)
@@ -437,8 +443,8 @@ class TapedSelector(Selector):
     def capacity(self) -> int:
         return self.stage.capacity
 
-    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tape(lambda: self.stage.select(scores, unit_offsets))
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+        return self.tape(lambda: self.stage.select(inputs, scores, units))
 
 
 @frozen(kw_only=True)

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the plain torch reference, or a kernel.
 
-Every op takes `backend=`. "auto" is the reference on a CPU and the fastest kernel that serves the call on a CUDA device;
-where none does, the reference runs and one warning says why. A kernel that is named and cannot run is an error.
+Every op takes `backend=`. "auto" is the reference on a CPU, and on a CUDA device the fastest kernel that serves the
+call; where none does, the reference runs and one warning says why. A kernel that is named and cannot run is an error.
 """
 
 import functools

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from kvframe.memory.pool import Traffic
+from kvframe.types import LeavingUnits
 
 
 class LayerMemory(ABC):
@@ -44,23 +45,24 @@ class LayerMemory(ABC):
         """The ledger of every sequence is up to date; show attention just what it says."""
 
     @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """One token of every sequence, already entered in the ledger; keys [B, H, D], values [B, H, Dv]."""
+    def append(self, keys: Tensor, values: Tensor, cut: Tensor | None, finite: Tensor | None) -> LeavingUnits:
+        """One token of every sequence enters the ledger and the window; the oldest unit of each head that then lies
+        before the window leaves it, and its first tokens become resident while there is room.
 
-    @abstractmethod
-    def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """`width` window positions from `start` [B, H] on: [B, H, width, D], [B, H, width, Dv]."""
-
-    @abstractmethod
-    def leave(self, leaves: Tensor, start: Tensor, size: Tensor, width: int, room: Tensor) -> None:
-        """Units leave the window where `leaves`; up to `room` [B, H] of their first tokens become resident.
-
-        `start`, `size` int64 [B, H]; no unit is longer than `width`.
+        keys [B, H, D], values [B, H, Dv]; cut: bool [B, H], a unit ends before this token; finite: bool [B, H], set to
+        False for a head whose key or value is not; None where that was checked before.
         """
 
     @abstractmethod
-    def recall(self, rows: Tensor, due: Tensor) -> None:
-        """Where `due`, make exactly `rows` [B, H, C] (-1 behind the last) resident."""
+    def leave(self, length: Tensor) -> LeavingUnits | None:
+        """The same for sequences that are about to have `length` [B, H] tokens; None where nothing leaves.
+
+        Reads the device.
+        """
+
+    @abstractmethod
+    def recall(self, rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor) -> None:
+        """Where `due`, make exactly `rows` [B, H, C] (-1 behind `count` [B, H]) resident; count that in `tallies`."""
 
     @abstractmethod
     def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -86,6 +88,10 @@ class LayerMemory(ABC):
     @abstractmethod
     def device_bytes(self) -> int:
         """Device memory held for KV."""
+
+    def index_bytes(self) -> int:
+        """Device memory held for finding rows."""
+        return 0
 
     @abstractmethod
     def host_bytes(self) -> int:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kvframe.memory.base import LayerMemory
-from kvframe.memory.ledger import LENGTH, Ledger
+from kvframe.memory.ledger import LENGTH, RESIDENT, Ledger
 from kvframe.memory.pool import Traffic
-from kvframe.types import LayerLayout
+from kvframe.types import LayerLayout, LeavingUnits
+from kvframe_kernels.select_units import ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
 from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
 
 
@@ -19,13 +20,14 @@ class DenseMemory(LayerMemory):
     the standard against which `SlotMemory` is held.
     """
 
-    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int) -> None:
+    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int, capacity: int) -> None:
         self._layout = layout
+        self._capacity = capacity
         self._ledger = ledger
         heads = (layout.batch_size, layout.num_kv_heads)
         self.keys, self.values = layout.zeros(num_rows)
         self.resident = torch.zeros(*heads, num_rows, dtype=torch.bool, device=layout.device)
-        self._traffic = Traffic(rows_recalled=torch.zeros(heads, dtype=torch.int64, device=layout.device))
+        self._traffic = Traffic(row_bytes=0)
 
     @property
     def traffic(self) -> Traffic:
@@ -56,31 +58,52 @@ class DenseMemory(LayerMemory):
     def finish_prompt(self) -> None:
         pass
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        row = (self._ledger.counts[LENGTH] - 1)[..., None, None]
+    def append(self, keys: Tensor, values: Tensor, cut: Tensor | None, finite: Tensor | None) -> LeavingUnits:
+        ledger = self._ledger
+        if finite is not None:
+            finite &= torch.isfinite(keys).all(-1) & torch.isfinite(values).all(-1)
+        ledger.advance(cut)
+        row = (ledger.counts[LENGTH] - 1)[..., None, None]
         self.keys.scatter_(2, row.expand(-1, -1, -1, keys.shape[-1]), keys[:, :, None])
         self.values.scatter_(2, row.expand(-1, -1, -1, values.shape[-1]), values[:, :, None])
+        return self._leave(*ledger.leaving())
 
-    def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        rows = start[..., None] + torch.arange(width, device=start.device)
-        rows = rows.clamp(max=self.keys.shape[2] - 1)[..., None]
-        keys = self.keys.gather(2, rows.expand(-1, -1, -1, self._layout.head_dim))
-        return keys, self.values.gather(2, rows.expand(-1, -1, -1, self._layout.value_dim))
+    def leave(self, length: Tensor) -> LeavingUnits | None:
+        leaves, start, size = self._ledger.leaving(length)
+        return self._leave(leaves, start, size) if bool(leaves.any()) else None
+
+    def _leave(self, leaves: Tensor, start: Tensor, size: Tensor) -> LeavingUnits:
+        ledger, rows = self._ledger, self._rows()
+        unit = LeavingUnits(
+            leaves=leaves,
+            column=ledger.num_units.clone(),
+            start=start,
+            size=size,
+            max_size=ledger.max_size,
+            keys=self.keys,
+            values=self.values,
+            ring_first=0,
+            ring_size=self.keys.shape[2],
+        )
+        kept = torch.minimum(size, (self._capacity - ledger.resident).clamp(min=0))
+        inside = (rows >= start[..., None]) & (rows < (start + kept)[..., None])
+        self.resident |= inside & leaves[..., None]
+        ledger.release(leaves, size, kept)
+        return unit
 
     def _rows(self) -> Tensor:
         return torch.arange(self.keys.shape[2], device=self._layout.device)
 
-    def leave(self, leaves: Tensor, start: Tensor, size: Tensor, width: int, room: Tensor) -> None:
-        rows = self._rows()
-        kept = (rows >= start[..., None]) & (rows < (start + torch.minimum(size, room))[..., None])
-        self.resident |= kept & leaves[..., None]
-
-    def recall(self, rows: Tensor, due: Tensor) -> None:
+    def recall(self, rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor) -> None:
         wanted = torch.zeros_like(self.resident)
         batch, head, entry = (rows >= 0).nonzero(as_tuple=True)
         wanted[batch, head, rows[batch, head, entry]] = True
-        self._traffic.rows_recalled += ((wanted & ~self.resident) & due[..., None]).sum(-1)
+        tallies[SELECTIONS] += due
+        tallies[ROWS_SELECTED] += count * due
+        tallies[ROWS_RECALLED] += ((wanted & ~self.resident) & due[..., None]).sum(-1)
         self.resident = torch.where(due[..., None], wanted, self.resident)
+        counts = self._ledger.counts
+        counts[RESIDENT] = torch.where(due, count, counts[RESIDENT])
 
     def attended(self) -> Tensor:
         """bool [B, H, R]: what attention sees."""
@@ -131,8 +154,8 @@ class ShadowMemory(DenseMemory):
     heads of a group.
     """
 
-    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int) -> None:
-        super().__init__(layout, ledger, num_rows)
+    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int, capacity: int) -> None:
+        super().__init__(layout, ledger, num_rows, capacity)
         heads = (layout.batch_size, layout.num_kv_heads)
         self.captured_mass = torch.zeros(heads, dtype=torch.float64, device=layout.device)
         self.oracle_recall = torch.zeros(heads, dtype=torch.float64, device=layout.device)

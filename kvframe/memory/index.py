@@ -19,7 +19,6 @@ class UnitIndex:
             name: torch.zeros(*self._heads, 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
             for name, entry in sample.items()
         }
-        self._batches = torch.arange(layout.batch_size, device=layout.device)[:, None]
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
 
     def reserve(self, max_units: int) -> None:
@@ -34,12 +33,6 @@ class UnitIndex:
         """Entries [H, U, ...] of one sequence into columns [H, U]."""
         for name, entry in entries.items():
             self.tensors[name][batch, self._head_ids[:, None], columns] = entry
-
-    def append(self, columns: Tensor, entries: dict[str, Tensor]) -> None:
-        """One entry [B * H, 1, ...] a head into columns [B, H]."""
-        for name, entry in entries.items():
-            tensor = self.tensors[name]
-            tensor[self._batches, self._head_ids, columns] = entry.view(*self._heads, *entry.shape[2:])
 
     def view(self, num_units: int) -> dict[str, Tensor]:
         """The first `num_units` columns."""

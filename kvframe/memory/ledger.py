@@ -114,8 +114,14 @@ class Ledger:
             self.counts[OPEN, batch] -= full * self.max_size
 
     def advance(self, cut: Tensor | None) -> None:
-        """Take one token of every sequence in; `cut` bool [B, H] ends the open unit before it."""
+        """Take one token of every sequence in; `cut` bool [B, H] ends the open unit before it.
+
+        `count_token` tells the host.
+        """
         advance_ledger(self.counts, self.unit_offsets, cut, self.min_size, self.max_size, self.sink_size)
+
+    def count_token(self) -> None:
+        """One token of every sequence has been taken in; what the host knows of that."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def leaving(self, length: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,10 +133,6 @@ class Ledger:
         self.counts[UNITS] += leaves
         self.counts[WINDOW] -= size * leaves
         self.counts[RESIDENT] += kept * leaves
-
-    def set_resident(self, count: Tensor, due: Tensor) -> None:
-        """A selection was made where `due`."""
-        self.counts[RESIDENT] = torch.where(due, count, self.counts[RESIDENT])
 
     @property
     def num_units(self) -> Tensor:

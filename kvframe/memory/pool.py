@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve
 from torch import Tensor
 
 from kvframe.types import LayerLayout
@@ -12,22 +12,33 @@ from kvframe.types import LayerLayout
 
 @define(eq=False)
 class Traffic:
-    """What a store has moved. Rows count one token of one KV head."""
+    """What has crossed the link between host and device, in rows: one token of one KV head."""
 
-    rows_recalled: Tensor
-    """int64 [B, H], rows brought into slots."""
-    bytes_to_host: int = 0
-    bytes_to_device: Tensor = field(factory=lambda: torch.zeros((), dtype=torch.int64))
+    row_bytes: int
+    """Bytes of a row on its way; 0 where the store is on the device and nothing crosses."""
+    rows_written: int = 0
+    rows_read: int = 0
+    """Read back as a whole, for the full attention of a later turn or after a crop."""
+
+    @property
+    def bytes_to_host(self) -> int:
+        """Bytes written."""
+        return self.rows_written * self.row_bytes
+
+    def bytes_to_device(self, rows_recalled: int) -> int:
+        """Bytes read and recalled; the layer's tallies know how many rows were recalled."""
+        return (self.rows_read + rows_recalled) * self.row_bytes
 
     def clear(self) -> None:
-        """Start to count anew, in place."""
-        self.rows_recalled.zero_()
-        self.bytes_to_device.zero_()
-        self.bytes_to_host = 0
+        """Start to count anew."""
+        self.rows_written = self.rows_read = 0
 
 
 class RowStore(ABC):
-    """Holds every token of one layer under its row number, and counts what it moves."""
+    """Holds every token of one layer under its row number, and counts what it reads and writes.
+
+    `append` and `recall` are steps of decoding: they read no device value from the host.
+    """
 
     traffic: Traffic
 
@@ -83,9 +94,7 @@ class RowPool(RowStore):
         self._device = device
         self._crosses_link = crosses_link
         self._slabs: list[tuple[int, Tensor]] = []
-        heads = (layout.batch_size, layout.num_kv_heads)
-        self.traffic = Traffic(rows_recalled=torch.zeros(heads, dtype=torch.int64, device=layout.device))
-        self.traffic.bytes_to_device = self.traffic.bytes_to_device.to(layout.device)
+        self.traffic = Traffic(row_bytes=layout.row_bytes if crosses_link else 0)
         self.grow(num_rows)
 
     @property
@@ -115,27 +124,19 @@ class RowPool(RowStore):
                 rows, source = slice(low - first, high - first), slice(low - start, high - start)
                 slab[batch, :, rows, : self._layout.head_dim].copy_(keys[:, source])
                 slab[batch, :, rows, self._layout.head_dim :].copy_(values[:, source])
-        self._count_to_host(keys.shape[0] * keys.shape[1])
+        self.traffic.rows_written += keys.shape[0] * keys.shape[1]
 
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        token = torch.cat([keys, values], -1)[:, :, None].to(self._device)
-        rows = rows.to(self._device)
+        from kvframe_kernels.gather_kv import store_token
+
         for first, slab in self._slabs:
-            local = (rows - first)[..., None, None]
-            place = local.clamp(0, slab.shape[2] - 1).expand_as(token)
-            if len(self._slabs) > 1:
-                # A row of another slab leaves this one as it is.
-                inside = (local >= 0) & (local < slab.shape[2])
-                slab.scatter_(2, place, torch.where(inside, token, slab.gather(2, place)))
-            else:
-                slab.scatter_(2, place, token)
-        self._count_to_host(keys.shape[0] * keys.shape[1])
+            store_token(slab, rows, first, keys, values)
+        self.traffic.rows_written += keys.shape[0] * keys.shape[1]
 
     def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
         parts = [slab[batch, :, : stop - first] for first, slab in self._slabs if first < stop]
         rows = torch.cat([part.to(self._layout.device) for part in parts], dim=1)
-        if self._crosses_link:
-            self.traffic.bytes_to_device += rows.shape[0] * rows.shape[1] * self._layout.row_bytes
+        self.traffic.rows_read += rows.shape[0] * rows.shape[1]
         return rows[..., : self._layout.head_dim], rows[..., self._layout.head_dim :]
 
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
@@ -143,14 +144,6 @@ class RowPool(RowStore):
 
         for first, slab in self._slabs:
             gather_kv(slab, incoming, first, k_slots, v_slots)
-        moved = (incoming >= 0).sum(-1)
-        self.traffic.rows_recalled += moved
-        if self._crosses_link:
-            self.traffic.bytes_to_device += moved.sum() * self._layout.row_bytes
-
-    def _count_to_host(self, num_rows: int) -> None:
-        if self._crosses_link:
-            self.traffic.bytes_to_host += num_rows * self._layout.row_bytes
 
     def _held(self) -> int:
         return sum(slab.nbytes for _, slab in self._slabs)
@@ -166,7 +159,5 @@ class RowPool(RowStore):
         twin = RowPool(self._layout, 0, self._device, crosses_link=self._crosses_link)
         for first, slab in self._slabs:
             twin._slabs.append((first, twin._allocate(slab.shape[2]).copy_(slab)))
-        twin.traffic.rows_recalled.copy_(self.traffic.rows_recalled)
-        twin.traffic.bytes_to_device.copy_(self.traffic.bytes_to_device)
-        twin.traffic.bytes_to_host = self.traffic.bytes_to_host
+        twin.traffic = evolve(self.traffic)
         return twin

@@ -9,8 +9,9 @@ from torch import Tensor
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.ledger import LENGTH, Ledger
 from kvframe.memory.pool import RowStore, Traffic
-from kvframe.types import LayerLayout
-from kvframe_kernels.select_units import resident_difference
+from kvframe.types import LayerLayout, LeavingUnits
+from kvframe_kernels.append_token import Slots, append_token, leave_window
+from kvframe_kernels.select_units import exchange_resident
 
 
 class SlotMemory(LayerMemory):
@@ -26,13 +27,23 @@ class SlotMemory(LayerMemory):
         self._ledger = ledger
         self._store = store
         self._attention = attention
-        self._capacity = capacity
-        self._ring_first = ledger.sink_size + capacity
-        self._ring_size = ledger.window_size + ledger.max_size
-        heads, num_slots = (layout.batch_size, layout.num_kv_heads), self._ring_first + self._ring_size
-        self.k_slots, self.v_slots = layout.zeros(num_slots)
-        self.bias = torch.full((*heads, num_slots), -math.inf, dtype=layout.dtype, device=layout.device)
-        self.resident_rows = torch.full((*heads, capacity), -1, dtype=torch.int64, device=layout.device)
+        heads = (layout.batch_size, layout.num_kv_heads)
+        num_slots = ledger.sink_size + capacity + ledger.window_size + ledger.max_size
+        keys, values = layout.zeros(num_slots)
+        self.slots = Slots(
+            keys=keys,
+            values=values,
+            bias=torch.full((*heads, num_slots), -math.inf, dtype=layout.dtype, device=layout.device),
+            resident_rows=torch.full((*heads, capacity), -1, dtype=torch.int64, device=layout.device),
+            sink_size=ledger.sink_size,
+        )
+        self._marks = self._make_marks()
+
+    def _make_marks(self) -> Tensor:
+        """A bit a row, which the kernels of a selection work with."""
+        heads = (self._layout.batch_size, self._layout.num_kv_heads)
+        num_words = -(-self._store.num_rows // 32) if self.slots.resident_rows.shape[-1] else 0
+        return torch.zeros(*heads, num_words, dtype=torch.int32, device=self._layout.device)
 
     @property
     def traffic(self) -> Traffic:
@@ -40,102 +51,101 @@ class SlotMemory(LayerMemory):
 
     def reserve(self, num_rows: int) -> None:
         self._store.grow(num_rows)
+        self._marks = self._make_marks()
 
     def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
         return self._store.read(batch, stop)
 
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        slots = self._slots_of(start, stop)
-        return self.k_slots[batch, :, slots], self.v_slots[batch, :, slots]
+        places = self._places(start, stop)
+        return self.slots.keys[batch, :, places], self.slots.values[batch, :, places]
 
     def store_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
         self._store.write(batch, start, keys, values)
 
     def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
         self._store.write(batch, start, keys, values)
-        slots = self._slots_of(start, start + keys.shape[1])
-        self.k_slots[batch, :, slots] = keys
-        self.v_slots[batch, :, slots] = values
+        places = self._places(start, start + keys.shape[1])
+        self.slots.keys[batch, :, places] = keys
+        self.slots.values[batch, :, places] = values
 
-    def _slots_of(self, start: int, stop: int) -> Tensor:
-        return self._slot(torch.arange(start, stop, device=self._layout.device))
-
-    def _slot(self, positions: Tensor) -> Tensor:
-        in_ring = self._ring_first + positions % self._ring_size
-        return torch.where(positions < self._ledger.sink_size, positions, in_ring)
+    def _places(self, start: int, stop: int) -> Tensor:
+        return self.slots.place(torch.arange(start, stop, device=self._layout.device))
 
     def finish_prompt(self) -> None:
-        ledger, ring = self._ledger, torch.arange(self._ring_size, device=self._layout.device)
+        ledger, ring_size = self._ledger, self.slots.ring_size
+        ring = torch.arange(ring_size, device=self._layout.device)
         # Ring slot j holds the newest position that is j modulo the ring's size: `age` steps before the last token.
-        age = (ledger.counts[LENGTH][..., None] - 1 - ring) % self._ring_size
-        self._show(slice(self._ring_first, None), age < ledger.window[..., None])
+        age = (ledger.counts[LENGTH][..., None] - 1 - ring) % ring_size
+        self._show(slice(self.slots.ring_first, None), age < ledger.window[..., None])
         sinks = torch.arange(ledger.sink_size, device=self._layout.device)
         self._show(slice(0, ledger.sink_size), sinks < ledger.sinks[..., None])
 
-    def _show(self, slots: slice, filled: Tensor) -> None:
-        self.bias[..., slots] = torch.zeros_like(self.bias[..., slots]).masked_fill(~filled, -math.inf)
+    def _show(self, places: slice, filled: Tensor) -> None:
+        bias = self.slots.bias
+        bias[..., places] = torch.zeros_like(bias[..., places]).masked_fill(~filled, -math.inf)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        position = self._ledger.counts[LENGTH] - 1
-        slot = self._slot(position)[..., None]
-        self.bias.scatter_(2, slot, 0.0)
-        slot = slot[..., None]
-        self.k_slots.scatter_(2, slot.expand(-1, -1, -1, keys.shape[-1]), keys[:, :, None])
-        self.v_slots.scatter_(2, slot.expand(-1, -1, -1, values.shape[-1]), values[:, :, None])
-        self._store.append(position, keys, values)
+    def append(self, keys: Tensor, values: Tensor, cut: Tensor | None, finite: Tensor | None) -> LeavingUnits:
+        ledger = self._ledger
+        appended = append_token(
+            ledger.counts,
+            ledger.unit_offsets,
+            cut,
+            keys,
+            values,
+            self.slots,
+            finite,
+            window_size=ledger.window_size,
+            min_size=ledger.min_size,
+            max_size=ledger.max_size,
+        )
+        self._store.append(appended.position, keys, values)
+        return self._leaving(appended.leaves, appended.column, appended.start, appended.size)
 
-    def unit(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        return self._read_slots(self._slot(self._run(start, width)))
+    def leave(self, length: Tensor) -> LeavingUnits | None:
+        ledger = self._ledger
+        leaves, start, size = ledger.leaving(length)
+        if not bool(leaves.any()):
+            return None
+        unit = self._leaving(leaves, ledger.num_units.clone(), start, size)
+        leave_window(ledger.counts, self.slots, leaves, start, size, ledger.max_size)
+        return unit
 
-    def _run(self, start: Tensor, width: int) -> Tensor:
-        return start[..., None] + torch.arange(width, device=start.device)
+    def _leaving(self, leaves: Tensor, column: Tensor, start: Tensor, size: Tensor) -> LeavingUnits:
+        slots = self.slots
+        return LeavingUnits(
+            leaves=leaves,
+            column=column,
+            start=start,
+            size=size,
+            max_size=self._ledger.max_size,
+            keys=slots.keys,
+            values=slots.values,
+            ring_first=slots.ring_first,
+            ring_size=slots.ring_size,
+        )
 
-    def _read_slots(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        slots = slots[..., None]
-        keys = self.k_slots.gather(2, slots.expand(-1, -1, -1, self._layout.head_dim))
-        return keys, self.v_slots.gather(2, slots.expand(-1, -1, -1, self._layout.value_dim))
-
-    def leave(self, leaves: Tensor, start: Tensor, size: Tensor, width: int, room: Tensor) -> None:
-        positions = self._run(start, width)
-        slots = self._slot(positions)
-        inside = leaves[..., None] & (positions < (start + size)[..., None])
-        self.bias.scatter_(2, slots, self.bias.gather(2, slots).masked_fill_(inside, -math.inf))
-        if self._capacity:
-            kept = inside & (positions < (start + torch.minimum(size, room))[..., None])
-            self._keep(kept, positions, *self._read_slots(slots))
-
-    def _keep(self, kept: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """The i-th kept row goes to the i-th free resident slot; [B, H, width] each."""
-        free = self.resident_rows < 0
-        # Slots in the order of being free: the first ones are those that take a row.
-        places = (~free).to(torch.uint8).sort(dim=-1, stable=True).indices
-        taken = torch.where(kept, kept.cumsum(-1) - 1, 0).clamp(max=self._capacity - 1)
-        batch, head, entry = kept.nonzero(as_tuple=True)
-        slot = places[batch, head, taken[batch, head, entry]]
-        self.resident_rows[batch, head, slot] = rows[batch, head, entry]
-        slot = slot + self._ledger.sink_size
-        self.k_slots[batch, head, slot] = keys[batch, head, entry]
-        self.v_slots[batch, head, slot] = values[batch, head, entry]
-        self.bias[batch, head, slot] = 0.0
-
-    def recall(self, rows: Tensor, due: Tensor) -> None:
-        updated, incoming = resident_difference(self.resident_rows, rows, due, self._store.num_rows)
-        self.resident_rows.copy_(updated)
-        resident = slice(self._ledger.sink_size, self._ring_first)
-        self._store.recall(incoming, self.k_slots[:, :, resident], self.v_slots[:, :, resident])
-        self._show(resident, updated >= 0)
+    def recall(self, rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor) -> None:
+        slots = self.slots
+        incoming = exchange_resident(
+            slots, self._ledger.counts, rows, count, due, tallies, self._marks, self._store.num_rows
+        )
+        resident = slice(slots.sink_size, slots.ring_first)
+        self._store.recall(incoming, slots.keys[:, :, resident], slots.values[:, :, resident])
 
     def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
-        sm_scale = self._layout.sm_scale
+        slots, sm_scale = self.slots, self._layout.sm_scale
         if tail is None:
-            out: Tensor = self._attention(query, self.k_slots, self.v_slots, self.bias, sm_scale)[0]
+            out: Tensor = self._attention(query, slots.keys, slots.values, slots.bias, sm_scale)[0]
             return out
-        keys, values = torch.cat([self.k_slots, tail[0]], 2), torch.cat([self.v_slots, tail[1]], 2)
+        keys, values = torch.cat([slots.keys, tail[0]], 2), torch.cat([slots.values, tail[1]], 2)
         num_queries, num_tail = query.shape[2], tail[0].shape[2]
         hidden = torch.ones(num_queries, num_tail, dtype=torch.bool, device=query.device).triu()
-        causal = self.bias.new_zeros(num_queries, num_tail).masked_fill(hidden, -math.inf)
-        heads = self.bias.shape[:2]
-        bias = torch.cat([self.bias[:, :, None].expand(*heads, num_queries, -1), causal.expand(*heads, -1, -1)], dim=-1)
+        causal = slots.bias.new_zeros(num_queries, num_tail).masked_fill(hidden, -math.inf)
+        heads = slots.bias.shape[:2]
+        bias = torch.cat(
+            [slots.bias[:, :, None].expand(*heads, num_queries, -1), causal.expand(*heads, -1, -1)], dim=-1
+        )
         out = self._attention(query, keys, values, bias, sm_scale)[0]
         return out
 
@@ -145,19 +155,22 @@ class SlotMemory(LayerMemory):
         sinks = torch.arange(int(ledger.sinks[batch, head]))
         recent = torch.arange(length - window, length)
         positions = torch.cat([sinks, recent])
-        slots = self._slot(positions.to(self._layout.device))
-        assert bool((self.bias[batch, head, slots] == 0).all()), "ledger and slots disagree"
-        assert int((self.bias[batch, head] == 0).sum()) == len(positions) + int(ledger.resident[batch, head])
-        rows = self.resident_rows[batch, head]
+        bias = self.slots.bias[batch, head]
+        assert bool((bias[self.slots.place(positions.to(bias.device))] == 0).all()), "ledger and slots disagree"
+        assert int((bias == 0).sum()) == len(positions) + int(ledger.resident[batch, head])
+        rows = self.slots.resident_rows[batch, head]
         return torch.cat([positions, rows[rows >= 0].cpu()])
 
     def reset(self) -> None:
-        self.bias.fill_(-math.inf)
-        self.resident_rows.fill_(-1)
+        self.slots.bias.fill_(-math.inf)
+        self.slots.resident_rows.fill_(-1)
 
     def device_bytes(self) -> int:
-        slots = self.k_slots.nbytes + self.v_slots.nbytes + self.bias.nbytes + self.resident_rows.nbytes
-        return slots + self._store.device_bytes()
+        tensors = (self.slots.keys, self.slots.values, self.slots.bias, self.slots.resident_rows)
+        return sum(tensor.nbytes for tensor in tensors) + self._store.device_bytes()
+
+    def index_bytes(self) -> int:
+        return self._marks.nbytes
 
     def host_bytes(self) -> int:
         return self._store.host_bytes()

@@ -4,11 +4,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import torch
 from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import StepInputs
+from kvframe.types import LeavingUnits, StepInputs, UnitTable
 from kvframe.validators import one_of
 
 Index = Mapping[str, Tensor]
@@ -23,17 +24,34 @@ class Scorer(Stage):
     def index(self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> dict[str, Tensor]:
         """Summaries of units.
 
-        keys: [M, T, D], values: [M, T, Dv], M independent heads; unit_ids: int64 [M, T], the unit of each token,
-        `num_units` for a token of none.
+        keys: [M, T, D], values: [M, T, Dv], M independent heads; unit_ids: int64 [M, T], ascending, the unit of each
+        token, `num_units` for a token of none.
         Returns named tensors [M, num_units, ...], one entry a unit; the names and trailing shapes are always the same.
         """
 
+    def extend(self, index: Index, unit: LeavingUnits) -> None:
+        """Enter the unit of each head that leaves the window into its column of the index, in place.
+
+        index: tensors [B, H, >= column + 1, ...]. As defined here, `index` summarises the unit of every head, and the
+        column changes where a unit leaves. A scorer may do the same faster.
+        """
+        entries = self.index(*unit.rows(), 1)
+        batch_size, num_kv_heads = unit.column.shape
+        batches = torch.arange(batch_size, device=unit.column.device)[:, None]
+        heads = torch.arange(num_kv_heads, device=unit.column.device)
+        for name, tensor in index.items():
+            column = unit.column.clamp(max=tensor.shape[2] - 1)
+            before = tensor[batches, heads, column]
+            entry = entries[name].view_as(before).to(tensor.dtype)
+            leaves = unit.leaves.view(*unit.leaves.shape, *(1,) * (entry.dim() - 2))
+            tensor[batches, heads, column] = torch.where(leaves, entry, before)
+
     @abstractmethod
-    def score(self, inputs: StepInputs, index: Index, unit_sizes: Tensor, num_units: Tensor) -> Tensor:
+    def score(self, inputs: StepInputs, index: Index, units: UnitTable) -> Tensor:
         """Relevance of every unit, higher is better.
 
-        index: the tensors of `index` as [B, H, U, ...]; unit_sizes: int64 [B, H, U]; num_units: int64 [B, H].
-        Returns [B, H, U] in at least float32, -inf for units that do not exist.
+        index: the tensors of `index` as [B, H, U, ...], U = `units.max_units`.
+        Returns [B, H, U] in at least float32, -inf for units that do not exist; anything where `inputs.due` is False.
         """
 
 
@@ -59,16 +77,26 @@ class MeanKey(Scorer):
 
         return {"mean_key": unit_mean(keys, unit_ids, num_units)}
 
-    def score(self, inputs: StepInputs, index: Index, unit_sizes: Tensor, num_units: Tensor) -> Tensor:
+    def extend(self, index: Index, unit: LeavingUnits) -> None:
+        from kvframe_kernels.unit_index import window_mean
+
+        window_mean(
+            index["mean_key"], unit.column, unit.leaves, unit.start, unit.size,
+            unit.keys, unit.ring_first, unit.ring_size,
+        )  # fmt: skip
+
+    def score(self, inputs: StepInputs, index: Index, units: UnitTable) -> Tensor:
         from kvframe_kernels.unit_scores import unit_scores
 
         centroids = index["mean_key"]
+        dtype = torch.promote_types(centroids.dtype, torch.float32)
         return unit_scores(
             inputs.query,
             centroids,
-            num_units,
+            units.num_units,
             inputs.layout.sm_scale,
             reduction=self.group_reduction,
             softmax=self.softmax,
-            log_sizes=unit_sizes.clamp(min=1).to(centroids.dtype).log() if self.size_term else None,
+            log_sizes=units.sizes.clamp(min=1).to(dtype).log() if self.size_term else None,
+            due=inputs.due,
         )

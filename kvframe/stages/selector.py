@@ -8,6 +8,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
+from kvframe.types import StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -22,12 +23,12 @@ class Selector(Stage):
         """The most rows that one head can get; slots are sized by it."""
 
     @abstractmethod
-    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         """Rows for every head.
 
-        scores: [B, H, U], -inf where there is no unit; unit_offsets: int64 [B, H, >= U + 1], unit u is the rows
-        [unit_offsets[u], unit_offsets[u + 1]).
-        Returns (rows, count): int64 [B, H, capacity] with -1 behind the count, and int64 [B, H].
+        scores: [B, H, U], -inf where there is no unit, and anything where `inputs.due` is False.
+        Returns (rows, count): int64 [B, H, capacity], each row once, with -1 behind the count, and int64 [B, H];
+        anything where `inputs.due` is False.
         """
 
 
@@ -46,10 +47,10 @@ class TopBudget(Selector):
     def capacity(self) -> int:
         return self.token_budget
 
-    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         from kvframe_kernels.select_units import select_units
 
-        return select_units(scores, unit_offsets, self.token_budget)
+        return select_units(scores, units.offsets, self.token_budget, due=inputs.due)
 
 
 @frozen(kw_only=True)
@@ -62,6 +63,6 @@ class SelectNothing(Selector):
     def capacity(self) -> int:
         return 0
 
-    def select(self, scores: Tensor, unit_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         rows = torch.empty(*scores.shape[:2], 0, dtype=torch.int64, device=scores.device)
         return rows, rows.new_zeros(scores.shape[:2])

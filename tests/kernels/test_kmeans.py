@@ -1,4 +1,4 @@
-"""`kmeans` against its definition, in Python floats."""
+"""`kmeans` and `write_in_order` against their definitions, in Python floats."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvframe_kernels.kmeans import kmeans
+from kvframe_kernels.kmeans import kmeans, write_in_order
 from kvframe_kernels.kmeans import reference as kmeans_reference
 
 Point = list[float]
@@ -140,3 +140,29 @@ def test_half_precision_is_clustered_in_float32():
     half, single = kmeans(keys, 7, 5, 20), kmeans(keys.float(), 7, 5, 20)
 
     assert all(torch.equal(one, other) for one, other in zip(half, single, strict=True))
+
+
+@given(
+    num_problems=st.integers(1, 3),
+    num_tokens=st.integers(0, 12),
+    widths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dtype=st.sampled_from([torch.float16, torch.float64]),
+    seed=st.integers(0, 2**16),
+)
+def test_write_in_order(num_problems: int, num_tokens: int, widths: tuple[int, int], dtype: torch.dtype, seed: int):
+    """A row is the key and the value of its token; without such a token it stays as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(num_tokens, num_problems, widths[0], generator=generator).to(dtype).transpose(0, 1)
+    values = torch.randn(num_problems, num_tokens, widths[1], generator=generator).to(dtype)
+    order = torch.randint(-1, num_tokens + 1, (num_problems, num_tokens), generator=generator)
+    whole = torch.full((num_problems, num_tokens, 2, sum(widths)), torch.nan, dtype=dtype)
+    write_in_order(keys, values, order, whole[:, :, 0])
+
+    assert whole[:, :, 1].isnan().all()
+    for problem in range(num_problems):
+        for row, token in enumerate(order[problem].tolist()):
+            written = whole[problem, row, 0]
+            if 0 <= token < num_tokens:
+                assert written.tolist() == keys[problem, token].tolist() + values[problem, token].tolist()
+            else:
+                assert written.isnan().all()

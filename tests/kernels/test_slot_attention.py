@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvframe_kernels.dispatch import KernelError, is_interpreted
 from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference, slot_attention_sdpa
 
 
@@ -137,6 +138,62 @@ def test_extra_over_nothing():
     merged, merged_lse = slot_attention_reference(*x, 0.5, extra=nothing)
 
     assert torch.equal(out, merged) and torch.equal(lse, merged_lse)
+
+
+@given(x=inputs(), share=st.floats(0, 1))
+def test_lengths(x: Inputs, share: float):
+    """Slots behind a sequence's length do not exist."""
+    batch_size, num_slots = x.k_slots.shape[0], x.k_slots.shape[2]
+    x = x._replace(bias=None if x.bias is None else x.bias.clamp(min=-50))  # no query sees nothing
+    lengths = torch.tensor([max(1, round(share * num_slots)), num_slots, 1][:batch_size])
+    out, lse = slot_attention_reference(*x, 0.4, lengths=lengths)
+    chosen, _ = slot_attention(*x, 0.4, lengths=lengths)
+    _, asked_lse = slot_attention(*x, 0.4, lengths=lengths, need_lse=True)
+
+    for batch, length in enumerate(lengths.tolist()):
+        row = slice(batch, batch + 1)
+        bias = None if x.bias is None else x.bias[row, ..., :length]
+        short = Inputs(x.query[row], x.k_slots[row, :, :length], x.v_slots[row, :, :length], bias)
+        expected, expected_lse = expected_attention(short, 0.4)
+        assert_close(out[row], expected)
+        assert_close(lse[row], expected_lse)
+    assert_close(chosen, out)
+    assert asked_lse is not None
+    assert_close(asked_lse, lse)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("limited", [False, True])
+def test_nothing_to_see(num_queries: int, limited: bool):
+    """Over empty slots alone the output is 0 and the log-sum-exp -inf; merged with something, it is that."""
+    query, slots = torch.randn(1, 2, num_queries, 4), torch.randn(1, 1, 6, 4)
+    bias = None if limited else torch.full((1, 1, 6), -math.inf)
+    lengths = torch.tensor([0]) if limited else None
+    out, lse = slot_attention_reference(query, slots, slots, bias, 0.5, lengths=lengths)
+    chosen, _ = slot_attention(query, slots, slots, bias, 0.5, lengths=lengths)
+    other = torch.randn(1, 2, num_queries, 4), torch.randn(1, 2, num_queries)
+    merged, merged_lse = slot_attention(query, slots, slots, bias, 0.5, lengths=lengths, extra=other)
+    nothing = torch.full_like(other[0], math.nan), torch.full_like(other[1], -math.inf)
+    twice, twice_lse = slot_attention(query, slots, slots, bias, 0.5, lengths=lengths, extra=nothing)
+
+    assert not out.any() and (lse == -math.inf).all()
+    assert not chosen.any()
+    torch.testing.assert_close(merged, other[0])
+    torch.testing.assert_close(merged_lse, other[1])
+    assert twice_lse is not None and not twice.any() and (twice_lse == -math.inf).all()
+
+
+def test_backend():
+    """The reference by name is the reference; a kernel that cannot run here is an error."""
+    query, slots = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 6, 16)
+    expected, expected_lse = slot_attention_reference(query, slots, slots, None, 0.5)
+    out, nothing = slot_attention(query, slots, slots, None, 0.5, backend="reference")
+    _, lse = slot_attention(query, slots, slots, None, 0.5, need_lse=True, backend="reference")
+
+    assert torch.equal(out, expected) and nothing is None and lse is not None and torch.equal(lse, expected_lse)
+    if not is_interpreted():
+        with pytest.raises(KernelError, match="its tensors lie on the CPU"):
+            slot_attention(query, slots, slots, None, 0.5, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""`unit_mean` against its definition, in Python floats."""
+"""`unit_mean` and `window_mean` against their definitions, in Python floats."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvframe_kernels.unit_index import unit_mean
+from kvframe_kernels.unit_index import unit_mean, window_mean
 
 
 @given(
@@ -18,10 +18,10 @@ from kvframe_kernels.unit_index import unit_mean
     seed=st.integers(0, 2**16),
 )
 def test_definition(num_problems: int, num_tokens: int, num_units: int, width: int, seed: int):
-    """Every unit has the mean of its rows, wherever they lie; one without rows has zero; rows of none do not count."""
+    """Every unit has the mean of its rows; one without rows has zero; rows of none do not count."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(num_problems, num_tokens, width, generator=generator, dtype=torch.float64)
-    unit_ids = torch.randint(0, num_units + 1, (num_problems, num_tokens), generator=generator)
+    unit_ids = torch.randint(0, num_units + 1, (num_problems, num_tokens), generator=generator).sort(1).values
     rows[unit_ids == num_units] = torch.inf
     mean = unit_mean(rows, unit_ids, num_units)
 
@@ -33,13 +33,59 @@ def test_definition(num_problems: int, num_tokens: int, num_units: int, width: i
             assert mean[problem, unit].tolist() == pytest.approx(expected, abs=1e-14)
 
 
-@pytest.mark.parametrize(
-    "dtype, expected", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
-)
-def test_precision(dtype: torch.dtype, expected: torch.dtype):
-    """Sums are taken in at least float32: 4,097 equal rows have that row as their mean."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_precision(dtype: torch.dtype):
+    """Sums are taken in at least float32: 4,097 equal rows have that row as their mean, in their own dtype."""
     row = torch.tensor([0.7109375, -3.0], dtype=dtype)
     mean = unit_mean(row.expand(1, 4097, 2), torch.zeros(1, 4097, dtype=torch.int64), 1)
 
-    assert mean.dtype == expected
-    torch.testing.assert_close(mean[0, 0], row.to(expected), atol=1e-4, rtol=0)
+    assert mean.dtype == dtype
+    torch.testing.assert_close(mean[0, 0], row, atol=1e-4, rtol=0)
+
+
+@given(
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    num_units=st.integers(0, 4),
+    width=st.integers(1, 5),
+    first=st.integers(0, 3),
+    ring_size=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+)
+def test_window_definition(heads: tuple[int, int], num_units: int, width: int, first: int, ring_size: int, seed: int):
+    """The unit that leaves has the mean of its rows in the ring; nothing else is written."""
+    generator = torch.Generator().manual_seed(seed)
+    buffer = torch.randn(*heads, 2 * (first + ring_size), width, generator=generator, dtype=torch.float64)[:, :, ::2]
+    index = torch.randn(*heads, 2 * num_units, width, generator=generator, dtype=torch.float64)[:, :, ::2]
+    before = index.clone()
+    leaves = torch.rand(heads, generator=generator) < 0.6
+    start = torch.randint(0, 50, heads, generator=generator)
+    size = torch.randint(1, ring_size + 1, heads, generator=generator)
+    columns = torch.randint(-1, num_units + 1, heads, generator=generator)
+    used = set()
+    for head in torch.cartesian_prod(*map(torch.arange, heads)).tolist():
+        b, h = head
+        if leaves[b, h]:
+            used |= {(b, h, first + (int(start[b, h]) + i) % ring_size) for i in range(int(size[b, h]))}
+    for b, h, n in torch.cartesian_prod(*map(torch.arange, buffer.shape[:3])).tolist():
+        if (b, h, n) not in used:
+            buffer[b, h, n] = torch.nan
+    window_mean(index, columns, leaves, start, size, buffer, first, ring_size)
+
+    for b, h, u in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
+        if leaves[b, h] and columns[b, h] == u:
+            members = [slot for batch, head, slot in used if (batch, head) == (b, h)]
+            columns_of_rows = zip(*(buffer[b, h, slot].tolist() for slot in members), strict=True)
+            expected = [math.fsum(column) / len(members) for column in columns_of_rows]
+            assert index[b, h, u].tolist() == pytest.approx(expected, abs=1e-14)
+        else:
+            assert torch.equal(index[b, h, u], before[b, h, u])
+
+
+def test_window_precision():
+    """Sums are taken in float32, the mean is rounded once."""
+    row = torch.tensor([0.7109375, -3.0]).bfloat16()
+    index = torch.zeros(1, 1, 1, 2, dtype=torch.bfloat16)
+    one = torch.ones(1, 1, dtype=torch.int64)
+    window_mean(index, one - 1, one.bool(), one, one * 999, row.expand(1, 1, 999, 2), 0, 999)
+
+    assert torch.equal(index[0, 0, 0], row)

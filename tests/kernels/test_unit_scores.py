@@ -8,6 +8,7 @@ from helpers import dot
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvframe_kernels.dispatch import KernelError, is_interpreted
 from kvframe_kernels.unit_scores import unit_scores
 
 
@@ -106,3 +107,32 @@ def test_precision():
     scores = unit_scores(query, torch.randn(1, 1, 5, 4), torch.tensor([[5]]), 1.0)
 
     assert scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_index(dtype: torch.dtype):
+    """An index in half precision is scored in float32, as if it had been float32 all along."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 16, generator=generator).to(dtype)
+    centroids = torch.randn(2, 2, 9, 16, generator=generator).to(dtype)
+    num_units = torch.tensor([[9, 3], [0, 1]])
+    scores = unit_scores(query, centroids, num_units, 0.25)
+
+    assert torch.equal(scores, unit_scores(query.float(), centroids.float(), num_units, 0.25))
+    assert scores.dtype == torch.float32
+
+
+def test_due():
+    """A head that is due is scored whatever the others are."""
+    query, centroids, num_units = torch.randn(2, 4, 16), torch.randn(2, 2, 9, 16), torch.tensor([[9, 3], [0, 1]])
+    due = torch.tensor([[True, False], [True, True]])
+    scores = unit_scores(query, centroids, num_units, 0.25, due=due)
+
+    assert torch.equal(scores[due], unit_scores(query, centroids, num_units, 0.25)[due])
+
+
+@pytest.mark.skipif(is_interpreted(), reason="the interpreter runs it")
+def test_backend():
+    """A kernel that cannot run here is an error."""
+    with pytest.raises(KernelError, match="its tensors lie on the CPU"):
+        unit_scores(torch.randn(1, 1, 16), torch.randn(1, 1, 4, 16), torch.tensor([[4]]), 1.0, backend="triton")

@@ -8,24 +8,23 @@ from kvframe.memory.index import UnitIndex
 
 
 def test_entries_stay_where_they_were_put():
-    """Blocks of one sequence and single units of all heads, before and after the index has grown."""
+    """Blocks of one sequence, before and after the index has grown."""
     layout = make_layout(batch_size=2, num_kv_heads=2, head_dim=4)
     index = UnitIndex(layout, MeanKey())
     index.reserve(5)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
-    single = torch.randn(4, 1, 4, generator=generator, dtype=torch.float64)
+    other = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64)
     expected = torch.zeros(2, 2, 9, 4, dtype=torch.float64)
     columns = torch.tensor([[0, 1, 2], [2, 3, 4]])
     index.write(1, columns, {"mean_key": block})
     for head in range(2):
         expected[1, head, columns[head]] = block[head]
     index.reserve(9)
-    last = torch.tensor([[0, 8], [5, 5]])
-    index.append(last, {"mean_key": single})
-    for batch in range(2):
-        for head in range(2):
-            expected[batch, head, last[batch, head]] = single[2 * batch + head, 0]
+    last = torch.tensor([[0, 8], [5, 6]])
+    index.write(0, last, {"mean_key": other})
+    for head in range(2):
+        expected[0, head, last[head]] = other[head]
 
     assert torch.equal(index.view(9)["mean_key"], expected)
     assert torch.equal(index.view(4)["mean_key"], expected[:, :, :4])

@@ -232,13 +232,14 @@ def bytes_are_counted(policy: Policy, case: Case, execution: str) -> None:
         for layer in (dense, run.layer):
             play(layer, run.text, case)
         traffic = dense.memory.traffic
-        assert (traffic.bytes_to_host, int(traffic.bytes_to_device)) == (0, 0)
-        assert torch.equal(traffic.rows_recalled, memory.traffic.rows_recalled)
+        assert (traffic.bytes_to_host, traffic.bytes_to_device(1)) == (0, 0)
+        assert torch.equal(dense.stats.rows_recalled, run.layer.stats.rows_recalled)
         return
     for _ in run.calls():
         assert memory.traffic.bytes_to_host == crosses_link * store.written
-        assert int(memory.traffic.bytes_to_device) == crosses_link * store.loaded
-        assert int(memory.traffic.rows_recalled.sum()) == store.recalled
+        recalled = int(run.layer.stats.rows_recalled.sum())
+        assert recalled == store.recalled
+        assert memory.traffic.bytes_to_device(recalled) == crosses_link * store.loaded
     report = make_report(policy, "offload", [run.layer], Timeline(), 0)
 
     assert (report.bytes_to_host, report.rows_recalled) == (crosses_link * store.written, store.recalled)
@@ -251,11 +252,11 @@ def resident_rows_stay(policy: Policy, case: Case, execution: str) -> None:
     run, memory, store = watch(policy, case)
     original = memory.recall
 
-    def recall(rows: Tensor, due: Tensor) -> None:
-        before = memory.resident_rows.clone()
-        original(rows, due)
+    def recall(rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor) -> None:
+        before = memory.slots.resident_rows.clone()
+        original(rows, count, due, tallies)
         for batch, head in run.heads():
-            held, now = before[batch, head].tolist(), memory.resident_rows[batch, head].tolist()
+            held, now = before[batch, head].tolist(), memory.slots.resident_rows[batch, head].tolist()
             assert store.incoming is not None
             came = [row for row in store.incoming[batch, head].tolist() if row >= 0]
             if not due[batch, head]:

@@ -105,7 +105,7 @@ def test_a_cache_that_was_not_told_its_length():
     mask[1, :100] = 0
     first = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2, pad_token_id=0)
     runtimes = [layer.runtime for layer in cache.managed_layers]
-    before = [(runtime.memory.k_slots.data_ptr(), runtime.device_bytes(), runtime.capacity) for runtime in runtimes]
+    before = [(runtime.memory.slots.keys.data_ptr(), runtime.device_bytes(), runtime.capacity) for runtime in runtimes]
     mask = torch.cat([mask, torch.ones(2, 2, dtype=mask.dtype)], 1)
     model.generate(
         first, attention_mask=mask, past_key_values=cache, min_new_tokens=60, max_new_tokens=60, pad_token_id=0
@@ -113,7 +113,7 @@ def test_a_cache_that_was_not_told_its_length():
 
     for runtime, (address, size, capacity) in zip(runtimes, before):
         assert runtime.capacity > capacity == 1024
-        assert (runtime.memory.k_slots.data_ptr(), runtime.device_bytes()) == (address, size)
+        assert (runtime.memory.slots.keys.data_ptr(), runtime.device_bytes()) == (address, size)
         assert runtime.ledger.lengths == [1061, 961]
         assert not any(lost(runtime, batch, head) for batch in range(2) for head in range(2))
 

@@ -8,7 +8,18 @@ from attrs import evolve, field, frozen
 from helpers import Case, Turn, make_call
 from torch import Tensor
 
-from kvframe import Decision, FixedStride, LayerLayout, MeanKey, Scorer, StepInputs, TokenUnits, TopBudget, Trigger
+from kvframe import (
+    Decision,
+    FixedStride,
+    LayerLayout,
+    MeanKey,
+    Scorer,
+    StepInputs,
+    TokenUnits,
+    TopBudget,
+    Trigger,
+    UnitTable,
+)
 from kvframe import policy as make_policy
 from kvframe.stages import UnitBuilder
 
@@ -54,9 +65,9 @@ class LoggedScorer(Scorer):
     def index(self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> dict[str, Tensor]:
         return MeanKey().index(keys, values, unit_ids, num_units)
 
-    def score(self, inputs: StepInputs, index: Any, unit_sizes: Tensor, num_units: Tensor) -> Tensor:
+    def score(self, inputs: StepInputs, index: Any, units: UnitTable) -> Tensor:
         self.log.entries.append(("score", inputs.query.clone()))
-        return MeanKey().score(inputs, index, unit_sizes, num_units)
+        return MeanKey().score(inputs, index, units)
 
 
 @frozen(kw_only=True)

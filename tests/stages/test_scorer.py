@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import make_layout, small_stages, stage_id
+from helpers import make_layout, small_stages, stage_id, unit_table
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,11 +41,12 @@ def test_units_that_do_not_exist(scorer: Scorer):
     index = {name: entry.view(2, 2, *entry.shape[1:]) for name, entry in entries.items()}
     num_units = torch.tensor([[6, 0], [1, 4]])
     inputs = StepInputs(query=torch.randn(2, 4, 8, generator=generator, dtype=torch.float64), layout=layout)
-    scores = scorer.score(inputs, index, torch.full((2, 2, 6), 2), num_units)
+    units = unit_table(torch.full((2, 2, 6), 2), num_units)
+    scores = scorer.score(inputs, index, units)
     absent = torch.arange(6) >= num_units[..., None]
     for entry in index.values():
         entry[absent] = -100
-    again = scorer.score(inputs, index, torch.full((2, 2, 6), 2), num_units)
+    again = scorer.score(inputs, index, units)
 
     assert scores.shape == (2, 2, 6) and scores.dtype in (torch.float32, torch.float64)
     assert torch.equal(scores == -math.inf, absent)
@@ -60,9 +61,8 @@ def test_token_units_get_their_attention_weight(seed: int, sm_scale: float):
     keys = torch.randn(2, 9, 4, generator=generator, dtype=torch.float64)
     query = torch.randn(1, 6, 4, generator=generator, dtype=torch.float64)
     index = {"mean_key": MeanKey().index(keys, keys, torch.arange(9).expand(2, -1), 9)["mean_key"][None]}
-    scores = MeanKey().score(
-        StepInputs(query=query, layout=layout), index, torch.ones(1, 2, 9, dtype=int), torch.full((1, 2), 9)
-    )
+    units = unit_table(torch.ones(1, 2, 9, dtype=int), torch.full((1, 2), 9))
+    scores = MeanKey().score(StepInputs(query=query, layout=layout), index, units)
     weights = torch.stack([torch.softmax(sm_scale * keys[head // 3] @ query[0, head], 0) for head in range(6)])
 
     torch.testing.assert_close(scores[0], weights.view(2, 3, 9).mean(1), atol=1e-12, rtol=0)
@@ -75,9 +75,11 @@ def test_size_term_counts_a_unit_s_tokens():
     few = torch.randn(1, 3, 4, generator=generator, dtype=torch.float64)
     sizes = torch.tensor([[[5, 1, 2]]])
     inputs = StepInputs(query=torch.randn(1, 2, 4, generator=generator, dtype=torch.float64), layout=layout)
-    units = MeanKey(size_term=True).score(inputs, {"mean_key": few[None]}, sizes, torch.tensor([[3]]))
+    whole = unit_table(sizes, torch.tensor([[3]]))
+    units = MeanKey(size_term=True).score(inputs, {"mean_key": few[None]}, whole)
     tokens = few.repeat_interleave(sizes[0, 0], dim=1)
-    apart = MeanKey().score(inputs, {"mean_key": tokens[None]}, torch.ones(1, 1, 8, dtype=int), torch.tensor([[8]]))
+    single = unit_table(torch.ones(1, 1, 8, dtype=int), torch.tensor([[8]]))
+    apart = MeanKey().score(inputs, {"mean_key": tokens[None]}, single)
     summed = torch.stack([part.sum() for part in apart[0, 0].split([5, 1, 2])])
 
     torch.testing.assert_close(units[0, 0], summed, atol=1e-12, rtol=0)
@@ -91,7 +93,9 @@ def test_reduction_over_the_group():
 
     def scores(**options: object) -> list[float]:
         scorer = MeanKey(softmax=False, **options)
-        return scorer.score(inputs, index, torch.ones(1, 1, 2, dtype=int), torch.tensor([[2]]))[0, 0].tolist()
+        return scorer.score(inputs, index, unit_table(torch.ones(1, 1, 2, dtype=int), torch.tensor([[2]])))[
+            0, 0
+        ].tolist()
 
     assert scores(group_reduction="max") == [3.0, 5.0]
     assert scores(group_reduction="mean") == [2.0, 2.0]

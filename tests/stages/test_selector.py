@@ -4,35 +4,39 @@ import math
 
 import pytest
 import torch
-from helpers import small_stages, stage_id
+from helpers import make_layout, small_stages, stage_id
 
-from kvframe import SelectNothing, Selector, TopBudget
+from kvframe import SelectNothing, Selector, StepInputs, TopBudget, UnitTable
 from kvframe.errors import ConfigError
 
+# A selector that goes by the scores does not look at the query.
+INPUTS = StepInputs(query=torch.zeros(2, 4, 8), layout=make_layout())
 
-def random_units(num_units: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [B, H, U] and offsets [B, H, U + 1] of units of one to six tokens, from row 2 on."""
+
+def random_units(num_units: list[list[int]]) -> tuple[StepInputs, torch.Tensor, UnitTable]:
+    """Scores [B, H, U] of units of one to six tokens, from row 2 on."""
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor(num_units)
     width = int(counts.max())
     scores = torch.rand(*counts.shape, width, generator=generator)
     scores = scores.masked_fill(torch.arange(width) >= counts[..., None], -math.inf)
     sizes = torch.randint(1, 7, (*counts.shape, width), generator=generator)
-    return scores, torch.cat([torch.full((*counts.shape, 1), 2), 2 + sizes.cumsum(-1)], -1)
+    offsets = torch.cat([torch.full((*counts.shape, 1), 2), 2 + sizes.cumsum(-1)], -1)
+    return INPUTS, scores, UnitTable(offsets=offsets, num_units=counts, max_units=width)
 
 
 @pytest.mark.parametrize("selector", small_stages("selector"), ids=stage_id)
 def test_every_selector_keeps_its_capacity(selector: Selector):
     """No head gets more rows than there are slots, a row twice, or a row of no unit."""
     num_units = [[9, 1, 0], [4, 9, 2]]
-    scores, offsets = random_units(num_units)
-    rows, count = selector.select(scores, offsets)
+    inputs, scores, units = random_units(num_units)
+    rows, count = selector.select(inputs, scores, units)
 
     assert rows.shape == (2, 3, selector.capacity) and count.shape == (2, 3)
     for batch in range(2):
         for head in range(3):
             taken = rows[batch, head, : int(count[batch, head])].tolist()
-            last = int(offsets[batch, head, num_units[batch][head]])
+            last = int(units.offsets[batch, head, num_units[batch][head]])
             assert len(set(taken)) == len(taken) and all(2 <= row < last for row in taken)
             assert (rows[batch, head, len(taken) :] == -1).all()
 
@@ -41,7 +45,8 @@ def test_top_budget_takes_the_best_units():
     """Whole units by score; the last one is cut so that the budget is met."""
     scores = torch.tensor([[[0.1, 0.9, 0.5, 0.9]]])
     offsets = torch.tensor([[[4, 6, 9, 14, 16]]])
-    rows, count = TopBudget(token_budget=8).select(scores, offsets)
+    units = UnitTable(offsets=offsets, num_units=torch.tensor([[4]]), max_units=4)
+    rows, count = TopBudget(token_budget=8).select(INPUTS, scores, units)
 
     assert rows.tolist() == [[[6, 7, 8, 14, 15, 9, 10, 11]]] and count.tolist() == [[8]]
 

@@ -1,5 +1,6 @@
-"""Plain torch definition of `gather_kv`."""
+"""Plain torch definitions of `gather_kv` and `store_token`."""
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,17 @@ def gather_kv_reference(pool: Tensor, incoming: Tensor, first_row: int, k_slots:
     head_dim = k_slots.shape[-1]
     k_slots[batch, head, slot] = moved[:, :head_dim]
     v_slots[batch, head, slot] = moved[:, head_dim:]
+
+
+def store_token_reference(pool: Tensor, rows: Tensor, first_row: int, keys: Tensor, values: Tensor) -> None:
+    """Write one token of every head to its own row of one slab of the pool, in place.
+
+    pool: [B, H, R, D + Dv], the rows from `first_row` on, on the host or the device.
+    rows: int64 [B, H]; a row outside this slab (-1 included) writes nothing.
+    keys: [B, H, D], values: [B, H, Dv].
+    """
+    local = rows - first_row
+    batch, head = ((local >= 0) & (local < pool.shape[2])).nonzero(as_tuple=True)
+    token = torch.cat([keys[batch, head], values[batch, head]], -1)
+    place = (batch.to(pool.device), head.to(pool.device), local[batch, head].to(pool.device))
+    pool[place] = token.to(pool.device)

@@ -1,4 +1,4 @@
-"""Plain torch definition of `kmeans`."""
+"""Plain torch definitions of `kmeans` and `write_in_order`."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def kmeans_reference(
     for _ in range(num_iterations):
         centroids = _update(points, assignment, centroids)
         assignment = _assign(points, centroids)
-    return _cut_into_units(assignment, num_clusters, max_cluster_size)
+    return cut_into_units(assignment, num_clusters, max_cluster_size)
 
 
 def _assign(points: Tensor, centroids: Tensor) -> Tensor:
@@ -52,12 +52,15 @@ def _update(points: Tensor, assignment: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(sums.abs().sum(-1, keepdim=True) > 0, F.normalize(sums, dim=-1), centroids)
 
 
-def _cut_into_units(assignment: Tensor, num_clusters: int, max_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    num_problems, num_tokens = assignment.shape
-    labels, order = assignment.sort(dim=1, stable=True)
-    counts = torch.zeros(num_problems, num_clusters, dtype=torch.int64, device=assignment.device)
-    counts.scatter_add_(1, assignment, torch.ones_like(assignment))
-    starts = counts.cumsum(1) - counts
+def cut_into_units(assignment: Tensor, num_clusters: int, max_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `kmeans_reference` returns, from the cluster of every token, integers [N, T]."""
+    num_tokens = assignment.shape[1]
+    # Narrow labels sort in fewer passes.
+    narrow = torch.int16 if num_clusters <= torch.iinfo(torch.int16).max else torch.int32
+    labels, order = assignment.to(narrow).sort(dim=1, stable=True)
+    labels = labels.long()
+    edges = _edges(labels, num_clusters)
+    starts, counts = edges[:, :-1], edges.diff(dim=1)
     # A cluster of n tokens becomes ceil(n / max) parts of ceil(n / parts) tokens, the last one perhaps shorter.
     parts = (counts + max_size - 1) // max_size
     part_size = (counts + parts.clamp(min=1) - 1) // parts.clamp(min=1)
@@ -66,8 +69,29 @@ def _cut_into_units(assignment: Tensor, num_clusters: int, max_size: int) -> tup
     begins = torch.ones_like(labels, dtype=torch.bool)
     begins[:, 1:] = (labels[:, 1:] != labels[:, :-1]) | (part[:, 1:] != part[:, :-1])
     unit_ids = begins.cumsum(1) - 1
-    sizes = torch.zeros(
-        num_problems, num_clusters + num_tokens // max_size, dtype=torch.int64, device=assignment.device
-    )
-    sizes.scatter_add_(1, unit_ids, torch.ones_like(unit_ids))
+    sizes = _edges(unit_ids, num_clusters + num_tokens // max_size).diff(dim=1)
     return order, sizes, unit_ids[:, -1] + 1
+
+
+def _edges(labels: Tensor, count: int) -> Tensor:
+    """Where the run of each of `count` ascending labels begins, and the end of the last, [N, count + 1]."""
+    wanted = torch.arange(count + 1, device=labels.device).repeat(labels.shape[0], 1)
+    return torch.searchsorted(labels, wanted)
+
+
+def write_in_order_reference(keys: Tensor, values: Tensor, order: Tensor, out: Tensor) -> None:
+    """Write rows out in cluster order, a token's key and value side by side, in place.
+
+    keys: [N, T, D]; values: [N, T, Dv]; order: int64 [N, T], the token of each row; out: [N, T, D + Dv], maybe on the
+    host: out[n, i] = keys[n, order[n, i]] | values[n, order[n, i]].
+    A row whose token is not in [0, T) stays as it is.
+    """
+    num_tokens = keys.shape[1]
+    valid = ((order >= 0) & (order < num_tokens))[..., None]
+    token = order.clamp(0, max(0, num_tokens - 1))[..., None]
+    first = 0
+    for source in (keys, values):
+        part = out[..., first : first + source.shape[-1]]
+        rows = source.gather(1, token.expand(-1, -1, source.shape[-1]))
+        part.copy_(torch.where(valid, rows.to(out.dtype), part.to(rows.device)))
+        first += source.shape[-1]

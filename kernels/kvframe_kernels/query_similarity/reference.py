@@ -18,3 +18,26 @@ def query_similarity_reference(query: Tensor, previous: Tensor, num_kv_heads: in
     if per_kv_head:
         return cosine.view(batch_size, num_kv_heads, -1).mean(-1)
     return cosine.mean(-1, keepdim=True).expand(batch_size, num_kv_heads)
+
+
+def query_turned_reference(
+    query: Tensor,
+    previous: Tensor,
+    first: Tensor,
+    tau: float,
+    *,
+    num_kv_heads: int,
+    per_kv_head: bool,
+    turned: Tensor | None = None,
+) -> Tensor:
+    """Where a query has turned away from the one before it, or has none before it; remembers it, in place.
+
+    query, previous: [B, Hq, D]; first: bool [B, H], heads that have seen no step yet; turned: what stands for
+    `previous` in the comparison, where that is not `previous` itself.
+    Returns bool [B, H], `query_similarity` < tau or first. Afterwards `previous` is the query and `first` is False.
+    """
+    compared = previous if turned is None else turned
+    due = (query_similarity_reference(query, compared, num_kv_heads, per_kv_head) < tau) | first
+    previous.copy_(query)
+    first.fill_(False)
+    return due

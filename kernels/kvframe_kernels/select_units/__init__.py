@@ -1,6 +1,76 @@
 """Which rows a step attends to, and which of them have to travel."""
 
-from kvframe_kernels.select_units.reference import resident_difference_reference as resident_difference
-from kvframe_kernels.select_units.reference import select_units_reference as select_units
+from torch import Tensor
 
-__all__ = ["resident_difference", "select_units"]
+from kvframe_kernels.append_token import Slots
+from kvframe_kernels.dispatch import Backend, KernelError, choose, float_reason, is_debug
+from kvframe_kernels.select_units.reference import (
+    NUM_TALLIES,
+    ROWS_RECALLED,
+    ROWS_SELECTED,
+    SELECTIONS,
+    exchange_resident_reference,
+    select_units_reference,
+)
+from kvframe_kernels.select_units.reference import resident_difference_reference as resident_difference
+
+__all__ = [
+    "NUM_TALLIES",
+    "ROWS_RECALLED",
+    "ROWS_SELECTED",
+    "SELECTIONS",
+    "exchange_resident",
+    "exchange_resident_reference",
+    "resident_difference",
+    "select_units",
+    "select_units_reference",
+]
+
+
+def select_units(
+    scores: Tensor, unit_offsets: Tensor, token_budget: int, *, due: Tensor | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`select_units_reference`, by the chosen backend.
+
+    due: bool [B, H]; where false the result may be anything. The kernels give the rows in their own order, not by
+    score.
+    """
+    reason = float_reason(scores) or (None if scores.shape[-1] else "there is no unit to select")
+    if choose("select_units", scores, backend, reason, kernels=("triton",)) == "reference":
+        return select_units_reference(scores, unit_offsets, token_budget)
+    from kvframe_kernels.select_units.triton_kernel import select_units_triton
+
+    return select_units_triton(scores, unit_offsets, token_budget, due)
+
+
+def exchange_resident(
+    slots: Slots,
+    counts: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    due: Tensor,
+    tallies: Tensor,
+    marks: Tensor,
+    num_rows: int,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`exchange_resident_reference`, by the chosen backend.
+
+    marks: int32 [B, H, ceil(num_rows / 32)], zero before and after: a bit a row for the kernels to work with.
+
+    Raises KernelError in debug mode for a row outside the pool; otherwise such a row is not selected.
+    """
+    if is_debug():
+        outside = ((rows < -1) | (rows >= num_rows)).any(-1) & due
+        if bool(outside.any()):
+            batch, head = (int(index) for index in outside.nonzero()[0])
+            raise KernelError(
+                f"batch row {batch}, KV head {head}: a selection names a row outside the pool of {num_rows} rows; the "
+                "selector, or the unit boundaries it was given, are wrong"
+            )
+    if choose("exchange_resident", rows, backend, None, kernels=("triton",)) == "reference":
+        return exchange_resident_reference(slots, counts, rows, count, due, tallies, num_rows)
+    from kvframe_kernels.select_units.triton_kernel import exchange_resident_triton
+
+    return exchange_resident_triton(slots, counts, rows, count, due, tallies, marks, num_rows)

@@ -1,7 +1,17 @@
-"""Plain torch definitions of `select_units` and `resident_difference`."""
+"""Plain torch definitions of `select_units`, `resident_difference` and `exchange_resident`."""
+
+import math
 
 import torch
 from torch import Tensor
+
+from kvframe_kernels.append_token.reference import RESIDENT, Slots
+
+# What is counted of selections, one tensor int64 [NUM_TALLIES, B, H].
+SELECTIONS = 0  # steps at which a head selected anew
+ROWS_SELECTED = 1  # rows that selections asked for, resident or not
+ROWS_RECALLED = 2  # rows of them that were not resident
+NUM_TALLIES = 3
 
 
 def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +62,27 @@ def resident_difference_reference(
     incoming = torch.where(due[..., None], incoming, -1)
     updated = torch.where(keep, resident_rows, incoming)
     return torch.where(due[..., None], updated, resident_rows), incoming
+
+
+def exchange_resident_reference(
+    slots: Slots, counts: Tensor, rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor, num_rows: int
+) -> Tensor:
+    """Make a selection resident where it is due, in place: all but the rows themselves, which have to be loaded.
+
+    counts: int64 [NUM_COUNTS, B, H]; rows int64 [B, H, C], count int64 [B, H]: what `select_units` gave; due: bool
+    [B, H]; tallies: int64 [NUM_TALLIES, B, H]; num_rows: rows of the pool.
+    Returns incoming, int64 [B, H, C], as `resident_difference` does.
+    """
+    rows = torch.where(rows < num_rows, rows, -1)
+    updated, incoming = resident_difference_reference(slots.resident_rows, rows, due, num_rows)
+    slots.resident_rows.copy_(updated)
+    filled = torch.zeros_like(updated, dtype=slots.bias.dtype).masked_fill_(updated < 0, -math.inf)
+    slots.bias[..., slots.sink_size : slots.ring_first] = filled
+    counts[RESIDENT] = torch.where(due, count, counts[RESIDENT])
+    tallies[SELECTIONS] += due
+    tallies[ROWS_SELECTED] += count * due
+    tallies[ROWS_RECALLED] += (incoming >= 0).sum(-1)
+    return incoming
 
 
 def _column(rows: Tensor, num_rows: int) -> Tensor:

@@ -15,17 +15,20 @@ def unit_scores_reference(
     reduction: str = "mean",
     softmax: bool = True,
     log_sizes: Tensor | None = None,
+    due: Tensor | None = None,
 ) -> Tensor:
     """Scaled products of the query heads with each unit's centroid, reduced over every group of query heads.
 
     query: [B, Hq, D]; centroids: [B, H, U, D]; num_units: int64 [B, H], units behind it do not exist.
     With `softmax` each query head is normalised over the units before the reduction ("mean" or "max") over its group;
     `log_sizes` [B, H, U] is added to the products first.
+    due: bool [B, H], where false nobody reads the result, and a kernel leaves it as it finds it; None is true.
     Returns [B, H, U] in at least float32, -inf where there is no unit.
     """
     batch_size, num_kv_heads, max_units, head_dim = centroids.shape
-    grouped = query.reshape(batch_size, num_kv_heads, -1, head_dim).to(centroids.dtype)
-    scores = torch.matmul(grouped, centroids.transpose(2, 3)) * sm_scale  # [B, H, G, U]
+    dtype = torch.promote_types(torch.promote_types(query.dtype, centroids.dtype), torch.float32)
+    grouped = query.reshape(batch_size, num_kv_heads, -1, head_dim).to(dtype)
+    scores = torch.matmul(grouped, centroids.to(dtype).transpose(2, 3)) * sm_scale  # [B, H, G, U]
     if log_sizes is not None:
         scores = scores + log_sizes[:, :, None]
     absent = torch.arange(max_units, device=query.device) >= num_units[..., None]

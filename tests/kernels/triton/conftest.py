@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -19,3 +20,7 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     pytest.skip("kernels need a CUDA device or TRITON_INTERPRET=1")
+
+
+# The interpreter is too slow for a failing example to be made smaller.
+settings.register_profile("kernels", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])

@@ -1,0 +1,214 @@
+"""`slot_attention` of one query as two Triton kernels: ranges of slots side by side, then their merge."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _count_tiles(lengths, batch, num_slots, TILE: tl.constexpr):
+    # Tiles of a sequence that hold a slot; and its slots.
+    length = num_slots
+    if lengths is not None:
+        length = tl.minimum(tl.load(lengths + batch), num_slots).to(tl.int32)
+    return (length + TILE - 1) // TILE, length
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_splits", "num_kv_heads"])
+def _attend_kernel(
+    query, k_slots, v_slots, bias, lengths, parts, tops, sums, scale,
+    query_batch, query_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot, bias_batch, bias_head,
+    num_slots, num_splits, num_kv_heads,
+    GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # Grid: KV heads of all sequences, splits, blocks of HEADS query heads of a group.
+    kv_head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch = kv_head // num_kv_heads
+    head = kv_head % num_kv_heads
+    # Splits share the slots that exist, not the buffer: a short sequence in a large buffer occupies all programs too.
+    num_tiles, length = _count_tiles(lengths, batch, num_slots, TILE)
+    tiles_a_split = (num_tiles + num_splits - 1) // num_splits
+    start = split * tiles_a_split * TILE
+    stop = tl.minimum(start + tiles_a_split * TILE, length)
+    if start >= stop:
+        return
+
+    members = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    is_member = members < GROUP_SIZE
+    keys = tl.arange(0, WIDTH_PAD)
+    values = tl.arange(0, VALUE_PAD)
+    offsets = tl.arange(0, TILE)
+    place = batch * query_batch + (head * GROUP_SIZE + members)[:, None] * query_head + keys[None, :]
+    q = tl.load(query + place, mask=is_member[:, None] & (keys < WIDTH)[None, :], other=0.0)
+    k_slots += batch * k_batch + head * k_head
+    v_slots += batch * v_batch + head * v_head
+    if bias is not None:
+        bias += batch * bias_batch + head * bias_head
+        coming = tl.load(bias + start + offsets, mask=start + offsets < stop, other=float("-inf")).to(tl.float32)
+
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, VALUE_PAD], tl.float32)
+    for first in range(start, stop, TILE):
+        slots = first + offsets
+        if bias is not None:
+            # Loaded a tile ahead, since the loads of rows wait for it; two tiles ahead, Triton would not pipeline them.
+            added = coming
+            ahead = slots + TILE
+            coming = tl.load(bias + ahead, mask=ahead < stop, other=float("-inf")).to(tl.float32)
+            is_full = added != float("-inf")
+        else:
+            is_full = slots < stop
+        rows = slots.to(tl.int64)[:, None]
+        # An empty slot is not read: it costs nothing, and what lies there cannot become 0 * NaN.
+        k = tl.load(k_slots + rows * k_slot + keys[None, :], mask=is_full[:, None] & (keys < WIDTH)[None, :], other=0.0)
+        v = tl.load(
+            v_slots + rows * v_slot + values[None, :], mask=is_full[:, None] & (values < VALUE)[None, :], other=0.0
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if bias is not None:
+            scores += (added * _LOG2E)[None, :]
+        scores = tl.where(is_full[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Over nothing but empty slots, -inf less -inf would be NaN.
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    place = (kv_head * GROUP_SIZE + members) * num_splits + split
+    tl.store(tops + place, top, mask=is_member)
+    tl.store(sums + place, total, mask=is_member)
+    inside = is_member[:, None] & (values < VALUE)[None, :]
+    tl.store(parts + place[:, None] * VALUE + values[None, :], acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_splits", "num_qo_heads"])
+def _merge_kernel(
+    parts, tops, sums, lengths, extra_out, extra_lse, out, lse,
+    num_slots, num_splits, num_qo_heads,
+    VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    # Grid: query heads of all sequences. Splits without a slot wrote nothing, and are not read.
+    head = tl.program_id(0).to(tl.int64)
+    num_tiles, _ = _count_tiles(lengths, head // num_qo_heads, num_slots, TILE)
+    tiles_a_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)
+    num_live = (num_tiles + tiles_a_split - 1) // tiles_a_split
+    values = tl.arange(0, VALUE_PAD)
+    is_value = values < VALUE
+
+    # Vectors of one number: they are carried through the loop.
+    one = tl.arange(0, 1)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([VALUE_PAD], tl.float32)
+    if extra_out is not None:
+        top = tl.load(extra_lse + head + one).to(tl.float32) * _LOG2E
+        is_any = top != float("-inf")
+        total = tl.where(is_any, 1.0, 0.0)
+        acc = tl.load(extra_out + head * VALUE + values, mask=is_value & is_any, other=0.0).to(tl.float32)
+
+    for first in range(0, num_live, SPLITS):
+        splits = first + tl.arange(0, SPLITS)
+        is_live = splits < num_live
+        place = head * num_splits + splits
+        part_tops = tl.load(tops + place, mask=is_live, other=float("-inf"))
+        part_sums = tl.load(sums + place, mask=is_live, other=0.0)
+        inside = is_live[:, None] & is_value[None, :]
+        part = tl.load(parts + place[:, None] * VALUE + values[None, :], mask=inside, other=0.0)
+        new_top = tl.maximum(top, tl.max(part_tops, 0))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(part_tops - finite)
+        shrink = tl.exp2(top - finite)
+        total = total * shrink + tl.sum(weights * part_sums, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * part, 0)
+        top = new_top
+
+    # Over nothing: out 0, lse -inf.
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(out + head * VALUE + values, (acc / divisor).to(out.dtype.element_ty), mask=is_value)
+    if lse is not None:
+        tl.store(lse + head + one, (top + tl.log2(divisor)) * _LN2)
+
+
+def count_splits(num_programs: int, num_slots: int) -> int:
+    """Into how many ranges slots are split, from static shapes alone, so that a CUDA graph can hold the launch.
+
+    num_programs: what runs side by side without any split, KV heads of all sequences.
+    About 2 programs for each of 132 multiprocessors are wanted, each with 128 slots or more: with fewer, the merge
+    costs what the split gains.
+    """
+    return max(1, min(256 // max(num_programs, 1), -(-num_slots // 128)))
+
+
+def _tile_slots(width: int, itemsize: int) -> int:
+    """Slots a tile, for K and V together `width` wide: the two that the pipeline holds take 64 KiB of shared memory."""
+    tile = 64
+    while tile > 16 and 2 * tile * width * itemsize > 64 * 1024:
+        tile //= 2
+    return tile
+
+
+def slot_attention_triton(
+    query: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    bias: Tensor | None,
+    sm_scale: float,
+    *,
+    lengths: Tensor | None,
+    extra: tuple[Tensor, Tensor] | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and result as in `slot_attention_reference`, for T = 1; empty slots are not read."""
+    batch_size, num_qo_heads, _, width = query.shape
+    num_kv_heads, num_slots, value = v_slots.shape[1:]
+    group_size = num_qo_heads // num_kv_heads
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if bias is not None:
+        bias = bias[:, :, 0] if bias.dim() == 4 else bias
+        bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    if lengths is not None:
+        lengths = lengths.contiguous()
+    # tl.dot takes 16 rows or more; a larger group is cut into blocks, whose slots come from the cache.
+    # 32 rows of float32, which has no tensor core, would not fit into registers.
+    heads = 16 if group_size <= 16 or query.dtype == torch.float32 else 32
+    blocks = triton.cdiv(group_size, heads)
+    width_pad, value_pad = triton.next_power_of_2(width), triton.next_power_of_2(value)
+    tile = _tile_slots(width_pad + value_pad, query.element_size())
+    num_splits = count_splits(batch_size * num_kv_heads * blocks, num_slots)
+
+    rows = batch_size * num_qo_heads
+    parts = query.new_empty(rows, num_splits, value, dtype=torch.float32)
+    tops, sums = query.new_empty(2, rows, num_splits, dtype=torch.float32).unbind()
+    out = query.new_empty(batch_size, num_qo_heads, 1, value)
+    lse = query.new_empty(batch_size, num_qo_heads, 1, dtype=torch.float32) if need_lse else None
+    extra_out, extra_lse = (None, None) if extra is None else (extra[0].contiguous(), extra[1].contiguous())
+    _attend_kernel[(batch_size * num_kv_heads, num_splits, blocks)](
+        query, k_slots, v_slots, bias, lengths, parts, tops, sums, float(sm_scale) * _LOG2E.value,
+        query.stride(0), query.stride(1), k_slots.stride(0), k_slots.stride(1), k_slots.stride(2),
+        v_slots.stride(0), v_slots.stride(1), v_slots.stride(2),
+        0 if bias is None else bias.stride(0), 0 if bias is None else bias.stride(1),
+        num_slots, num_splits, num_kv_heads,
+        GROUP_SIZE=group_size, HEADS=heads,
+        WIDTH=width, WIDTH_PAD=width_pad, VALUE=value, VALUE_PAD=value_pad, TILE=tile,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _merge_kernel[(rows,)](
+        parts, tops, sums, lengths, extra_out, extra_lse, out, lse,
+        num_slots, num_splits, num_qo_heads,
+        VALUE=value, VALUE_PAD=value_pad, TILE=tile, SPLITS=min(32, triton.next_power_of_2(num_splits)),
+        num_warps=4,
+    )  # fmt: skip
+    return out, lse
