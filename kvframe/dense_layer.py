@@ -1,6 +1,7 @@
 """A layer that keeps its whole KV on the device and attends to all of it."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class DenseLayer(LayerRuntime):
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self._lengths = lengths
-        self._stored.copy_(torch.tensor(lengths))
+        for batch, length in enumerate(lengths):
+            self._stored[batch].fill_(length)
 
     def reserve(self, num_rows: int) -> None:
         capacity = self._keys.shape[2]
@@ -40,51 +42,68 @@ class DenseLayer(LayerRuntime):
             keys, values = self.layout.zeros(max(num_rows, capacity + _SLAB_ROWS) - capacity)
             self._keys, self._values = torch.cat([self._keys, keys], 2), torch.cat([self._values, values], 2)
 
-    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
-        self._store(keys, values, num_real)
-        return self._attend(query, num_real)
-
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        num_real = [keys.shape[2]] * keys.shape[0]
-        if query.shape[2] == 1 and self.layout.device.type != "cpu":
-            self.check_finite(keys, values, num_real)
-            self.reserve(max(self._lengths) + 1)
-            return self._decode_on_device(query, keys, values)
-        self._store(keys, values, num_real)
-        return self._attend(query, num_real)
-
-    def _decode_on_device(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """One token; nothing depends on what the host knows, so that a CUDA graph can repeat it."""
-        place = self._stored[:, None, None, None].expand(-1, self.layout.num_kv_heads, 1, -1)
-        self._keys.scatter_(2, place.expand(-1, -1, -1, keys.shape[-1]), keys)
-        self._values.scatter_(2, place.expand(-1, -1, -1, values.shape[-1]), values)
-        self._stored += 1
-        self.step_replayed()
-        return slot_attention(query, self._keys, self._values, None, self.layout.sm_scale, lengths=self._stored)[0]
-
-    def step_replayed(self) -> None:
-        self._lengths = [length + 1 for length in self._lengths]
-
-    def _store(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
+    def prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_real: list[int],
+        num_committed: int,
+        ahead: Callable[[], None] | None = None,
+    ) -> Tensor:
         self.check_finite(keys, values, num_real)
         stops = [length + num for length, num in zip(self._lengths, num_real, strict=True)]
         self.reserve(max(stops))
+        self._store(keys, values, stops)
+        self._set_lengths(stops)
+        if ahead is not None:
+            ahead()
+        return self._attend(query, num_real, stops)
+
+    def _store(self, keys: Tensor, values: Tensor, stops: list[int]) -> None:
         for batch, (start, stop) in enumerate(zip(self._lengths, stops, strict=True)):
             own = slice(keys.shape[2] - (stop - start), keys.shape[2])
             self._keys[batch, :, start:stop] = keys[batch, :, own]
             self._values[batch, :, start:stop] = values[batch, :, own]
-        self._set_lengths(stops)
 
-    def _attend(self, query: Tensor, num_real: list[int]) -> Tensor:
-        num_queries, longest = query.shape[2], max(self._lengths)
+    def prepare_decode(self, num_tokens: int) -> None:
+        self.reserve(max(self._lengths) + num_tokens)
+
+    def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        num_new = keys.shape[2]
+        num_real = [num_new] * keys.shape[0]
+        self.check_finite(keys, values, num_real)
+        if num_new > 1 or self.layout.device.type == "cpu":
+            stops = [length + num_new for length in self._lengths]
+            self._store(keys, values, stops)
+            self._stored += num_new
+            return self._attend(query, num_real, stops)
+        place = self._stored[:, None, None, None].expand(-1, self.layout.num_kv_heads, 1, -1)
+        self._keys.scatter_(2, place.expand(-1, -1, -1, keys.shape[-1]), keys)
+        self._values.scatter_(2, place.expand(-1, -1, -1, values.shape[-1]), values)
+        self._stored += 1
+        return slot_attention(query, self._keys, self._values, None, self.layout.sm_scale, lengths=self._stored)[0]
+
+    def count_decoded(self, num_tokens: int) -> None:
+        self._lengths = [length + num_tokens for length in self._lengths]
+
+    def steps_left(self) -> int:
+        return self._keys.shape[2] - max(self._lengths)
+
+    def addresses(self) -> list[int]:
+        return [self._keys.data_ptr()]
+
+    def _attend(self, query: Tensor, num_real: list[int], lengths: list[int]) -> Tensor:
+        """Attention of the last `num_real` tokens of every sequence of these lengths, causal."""
+        num_queries, longest = query.shape[2], max(lengths)
         keys, values = self._keys[:, :, :longest], self._values[:, :, :longest]
         if num_queries == 1 and min(num_real) == 1:
-            bias = None if min(self._lengths) == longest else self._bias(longest)
+            bias = None if min(lengths) == longest else self._bias(lengths)
             return slot_attention(query, keys, values, bias, self.layout.sm_scale)[0]
-        if min(self._lengths) == longest and min(num_real) == num_queries:
+        if min(lengths) == longest and min(num_real) == num_queries:
             return causal_attention(query, keys, values, self.layout.sm_scale)
         out = query.new_zeros(*query.shape[:3], values.shape[-1])
-        for batch, (num, length) in enumerate(zip(num_real, self._lengths, strict=True)):
+        for batch, (num, length) in enumerate(zip(num_real, lengths, strict=True)):
             if num:
                 row, own = slice(batch, batch + 1), slice(num_queries - num, num_queries)
                 out[row, :, own] = causal_attention(
@@ -92,9 +111,9 @@ class DenseLayer(LayerRuntime):
                 )
         return out
 
-    def _bias(self, longest: int) -> Tensor:
-        lengths = torch.tensor(self._lengths, device=self.layout.device)[:, None, None]
-        behind = torch.arange(longest, device=self.layout.device) >= lengths
+    def _bias(self, lengths: list[int]) -> Tensor:
+        stops = torch.tensor(lengths, device=self.layout.device)[:, None, None]
+        behind = torch.arange(max(lengths), device=self.layout.device) >= stops
         bias = torch.zeros(behind.shape, dtype=self.layout.dtype, device=self.layout.device)
         return bias.masked_fill(behind, -math.inf).expand(-1, self.layout.num_kv_heads, -1)
 

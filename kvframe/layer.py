@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,23 +27,55 @@ class LayerRuntime(ABC):
     def reserve(self, num_rows: int) -> None:
         """Make room for this many tokens a sequence."""
 
+    def prefetch(self, num_real: list[int]) -> None:  # noqa: B027, most have nothing to fetch
+        """A hint: `prompt` with so many tokens of every sequence comes next on this device."""
+
     @abstractmethod
-    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
+    def prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_real: list[int],
+        num_committed: int,
+        ahead: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Tokens of a prompt, of a chunk of one, or of a turn's text: attended in full.
 
         query: [B, Hq, T, D]; keys: [B, H, T, D]; values: [B, H, T, Dv]; the last `num_real[b]` of row b are not
         padding.
         num_committed: tokens behind it are only proposed and may be cropped.
+        ahead: called before attention is queued, once this layer's own KV is on its way.
         Returns [B, Hq, T, Dv], zero at padding.
         """
 
-    @abstractmethod
     def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """One generated token of every sequence, and perhaps proposed ones behind it; shapes as in `prompt`."""
+        self.prepare_decode(keys.shape[2])
+        out = self.step(query, keys, values)
+        self.count_decoded(keys.shape[2])
+        return out
 
     @abstractmethod
-    def step_replayed(self) -> None:
-        """A captured `decode` of one token was replayed on the device: move on what the host knows of it."""
+    def prepare_decode(self, num_tokens: int) -> None:
+        """What has to happen before `num_tokens` are decoded, allocations included."""
+
+    @abstractmethod
+    def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The device's part of `decode`. On a CUDA device, for one token, it neither reads a device value nor changes
+        anything that the host knows, so that a CUDA graph can repeat it."""
+
+    @abstractmethod
+    def count_decoded(self, num_tokens: int) -> None:
+        """The host's part: a step was taken, here or by a graph."""
+
+    @abstractmethod
+    def steps_left(self) -> int:
+        """Tokens that can be decoded before something has to be allocated."""
+
+    @abstractmethod
+    def addresses(self) -> list[int]:
+        """What differs if a tensor that `step` works on was allocated anew."""
 
     @abstractmethod
     def crop(self, num_tokens: int) -> None:

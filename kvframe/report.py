@@ -109,6 +109,12 @@ class Report:
     """Summed over calls of `generate`; None without one."""
     tokens_per_second: float | None
     """Decode steps of all sequences a second; a step with proposed tokens counts once. None without `generate`."""
+    captured: bool
+    """Whether decode steps were replayed as CUDA graphs."""
+    num_replayed: int
+    """Decode steps that were."""
+    capture_reason: str | None
+    """Why the last one was not; None where it was, or where nobody tried."""
     captured_mass: float | None
     oracle_recall: float | None
     layers: tuple[LayerReport, ...]
@@ -152,7 +158,14 @@ class Report:
 
 
 def make_report(
-    policy: Policy, execution: str, runtimes: Sequence[LayerRuntime], timeline: Timeline, in_flight_bytes: int
+    policy: Policy,
+    execution: str,
+    runtimes: Sequence[LayerRuntime],
+    timeline: Timeline,
+    in_flight_bytes: int,
+    *,
+    num_replayed: int = 0,
+    capture_reason: str | None = None,
 ) -> Report:
     """Read the counters of all layers."""
     retrieval = [runtime for runtime in runtimes if isinstance(runtime, RetrievalLayer)]
@@ -187,6 +200,9 @@ def make_report(
         index_bytes=sum(runtime.index_bytes() for runtime in runtimes),
         seconds_to_first_token=timeline.prefill_seconds or None,
         tokens_per_second=steps * batch_size / timeline.decode_seconds if timeline.decode_seconds else None,
+        captured=num_replayed > 0,
+        num_replayed=num_replayed,
+        capture_reason=capture_reason,
         captured_mass=_mean([r.captured_mass or 0.0 for r in layers]) if watched else None,
         oracle_recall=_mean([r.oracle_recall or 0.0 for r in layers]) if watched else None,
         layers=layers,

@@ -1,5 +1,6 @@
 """One layer's step: calls the five stages in order. It has no policy of its own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from kvframe.memory.base import LayerMemory
 from kvframe.memory.dense import DenseMemory, ShadowMemory
 from kvframe.memory.index import UnitIndex
 from kvframe.memory.ledger import Ledger
+from kvframe.memory.positions import RowPositions
 from kvframe.memory.slots import SlotMemory
 from kvframe.stats import RetrievalStats
 from kvframe.types import Execution, LayerLayout, LeavingUnits, StepInputs, UnitTable
+from kvframe_kernels.kmeans import write_in_order
 from kvframe_kernels.slot_attention import slot_attention
 
 _SLAB_ROWS = 1024
@@ -62,11 +65,12 @@ class RetrievalLayer(LayerRuntime):
         # Where nothing can be selected, nothing is scored.
         self._index = UnitIndex(layout, policy.scorer) if policy.selector.capacity else None
         self.stats = RetrievalStats(layout)
-        # Position of every row; prompt blocks permute theirs. No step needs it, so it stays on the host.
-        self.row_positions = torch.arange(capacity, dtype=torch.int32).repeat(layout.batch_size, layout.num_kv_heads, 1)
+        self.positions = RowPositions(layout)
+        self._capacity = capacity
         self._trigger_state: Any = policy.trigger.init(layout)
         self._units_state: Any = policy.units.init(layout)
         self._tail: Tentative | None = None
+        self._num_forgotten = 0
         self._on_cpu = layout.device.type == "cpu"
 
     @property
@@ -77,26 +81,37 @@ class RetrievalLayer(LayerRuntime):
     @property
     def capacity(self) -> int:
         """Rows there is room for."""
-        return self.row_positions.shape[-1]
+        return self._capacity
 
     def reserve(self, num_rows: int) -> None:
         if num_rows <= self.capacity:
             return
         # More than was planned: in steps that are large enough to be rare.
-        num_rows = max(num_rows, self.capacity + _SLAB_ROWS)
-        self.memory.reserve(num_rows)
-        more = torch.arange(self.capacity, num_rows, dtype=torch.int32).expand(*self.row_positions.shape[:2], -1)
-        self.row_positions = torch.cat([self.row_positions, more], -1)
+        before = self._capacity
+        self._capacity = max(num_rows, before + _SLAB_ROWS)
+        self.memory.reserve(self._capacity)
         if not self.ledger.in_prompt:
-            self._reserve_output_units()
+            self._reserve_units(self.ledger.max_units + (self._capacity - before) // self.ledger.min_size + 1)
 
     # ---- the prompt -------------------------------------------------------------------------------------------------
 
-    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_committed: int) -> Tensor:
+    def prefetch(self, num_real: list[int]) -> None:
+        if self.ledger.lengths[0] and num_real[0]:
+            self.memory.prefetch(0, self.ledger.lengths[0], num_real[0])
+
+    def prompt(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_real: list[int],
+        num_committed: int,
+        ahead: Callable[[], None] | None = None,
+    ) -> Tensor:
         self.check_finite(keys, values, num_real)
         self._commit_tail()
         self.reserve(max(length + num for length, num in zip(self.ledger.lengths, num_real, strict=True)))
-        out = self._attend_in_full(query, keys, values, num_real)
+        out = self._attend_in_full(query, keys, values, num_real, ahead)
         num_tail = keys.shape[2] - num_committed
         committed = [max(0, num - num_tail) for num in num_real]
         self._take_in(keys[:, :, :num_committed], values[:, :, :num_committed], committed)
@@ -107,9 +122,11 @@ class RetrievalLayer(LayerRuntime):
             )
         return out
 
-    def _attend_in_full(self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int]) -> Tensor:
+    def _attend_in_full(
+        self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], ahead: Callable[[], None] | None
+    ) -> Tensor:
         """Full causal attention of the real tokens over everything stored and themselves."""
-        num_queries, past = query.shape[2], self.ledger.lengths
+        num_queries, past, width = query.shape[2], self.ledger.lengths, keys.shape[-1]
         if max(past) == 0 and min(num_real) == num_queries:
             return causal_attention(query, keys, values, self.layout.sm_scale)
         out = query.new_zeros(*query.shape[:3], values.shape[-1])
@@ -119,9 +136,15 @@ class RetrievalLayer(LayerRuntime):
                 row_keys, row_values = keys[row, :, own], values[row, :, own]
                 if length:
                     # Rows lie in unit order, which the full attention of later tokens does not mind.
-                    past_keys, past_values = self.memory.read(batch, length)
-                    row_keys = torch.cat([past_keys[None], row_keys], 2)
-                    row_values = torch.cat([past_values[None], row_values], 2)
+                    rows = self.memory.read(batch, length, num)
+                    rows[:, length:, :width], rows[:, length:, width:] = row_keys[0], row_values[0]
+                    row_keys, row_values = rows[None, ..., :width], rows[None, ..., width:]
+                # What is read next comes while this is attended to.
+                if batch + 1 < len(past):
+                    if past[batch + 1] and num_real[batch + 1]:
+                        self.memory.prefetch(batch + 1, past[batch + 1], num_real[batch + 1])
+                elif ahead is not None:
+                    ahead()
                 out[row, :, own] = causal_attention(query[row, :, own], row_keys, row_values, self.layout.sm_scale)
         return out
 
@@ -130,14 +153,16 @@ class RetrievalLayer(LayerRuntime):
         ledger = self.ledger
         ledger.begin_prompt()
         ahead = [length + num for length, num in zip(ledger.lengths, num_real, strict=True)]
-        length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
-        # Units still in the window from an earlier turn make room first.
-        while (unit := self.memory.leave(length)) is not None:
-            self._extend_index(unit)
+        if ledger.has_decoded:
+            # Units still in the window from an earlier turn make room first.
+            length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
+            while (unit := self.memory.leave(length)) is not None:
+                self._extend_index(unit)
         for batch, num in enumerate(num_real):
             own = slice(keys.shape[2] - num, keys.shape[2])
             self._take_in_row(batch, keys[batch, :, own], values[batch, :, own])
         self.memory.finish_prompt()
+        ledger.end_prompt()
 
     def _take_in_row(self, batch: int, keys: Tensor, values: Tensor) -> None:
         ledger, memory = self.ledger, self.memory
@@ -146,10 +171,15 @@ class RetrievalLayer(LayerRuntime):
         if start < stop:
             # Of the block, the first tokens may have been held back in the window; the others have just come.
             split = min(stop, max(start, length))
-            held_keys, held_values = memory.recent(batch, start, split)
             fresh = slice(split - length, stop - length)
-            block_keys = torch.cat([held_keys, keys[:, fresh]], 1)
-            self._add_block(batch, start, block_keys, torch.cat([held_values, values[:, fresh]], 1))
+            block_keys, block_values = keys[:, fresh], values[:, fresh]
+            if start < split:
+                held_keys, held_values = memory.recent(batch, start, split)
+                block_keys, block_values = (
+                    torch.cat([held_keys, block_keys], 1),
+                    torch.cat([held_values, block_values], 1),
+                )
+            self._add_block(batch, start, block_keys, block_values)
         # Sinks come before the block, the window behind it.
         for low, high in ((length, min(length + num, ledger.sink_size)), (max(stop, length), length + num)):
             if low < high:
@@ -159,50 +189,69 @@ class RetrievalLayer(LayerRuntime):
 
     def _add_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
         units = self.policy.units.build(keys)
-        order = units.order[..., None]
-        keys = keys.gather(1, order.expand(-1, -1, keys.shape[-1]))
-        values = values.gather(1, order.expand(-1, -1, values.shape[-1]))
-        self.memory.store_block(batch, start, keys, values)
-        self.row_positions[batch, :, start : start + keys.shape[1]] = start + units.order.cpu()
+        rows = self.memory.stage(keys.shape[1])
+        write_in_order(keys, values, units.order, rows)
         num_heads, num_units = units.sizes.shape
-        self._reserve_units(self.ledger.most_closed() + num_units)
+        self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
         if self._index is not None:
+            width = keys.shape[-1]
             unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
-            unit_ids = unit_ids.repeat_interleave(units.sizes.flatten()).view(num_heads, -1)
-            self._index.write(batch, columns, self.policy.scorer.index(keys, values, unit_ids, num_units))
+            unit_ids = unit_ids.repeat_interleave(units.sizes.flatten(), output_size=units.order.numel())
+            entries = self.policy.scorer.index(
+                rows[..., :width], rows[..., width:], unit_ids.view(num_heads, -1), num_units
+            )
+            self._index.write(batch, columns, entries)
+        self.memory.store_block(batch, start, rows)
+        self.positions.add_block(batch, start, units.order)
 
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
-    def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if self._on_cpu or query.shape[2] > 1:
-            self.check_finite(keys, values, [keys.shape[2]] * keys.shape[0])
+    def prepare_decode(self, num_tokens: int) -> None:
         self._commit_tail()
         self._begin_decode()
-        self.reserve(max(self.ledger.lengths) + keys.shape[2])
+        self.reserve(max(self.ledger.lengths) + num_tokens)
+
+    def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self._on_cpu or query.shape[2] > 1:
+            self.check_finite(keys, values, [keys.shape[2]] * keys.shape[0])
         inputs = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0])
-        self.ledger.count_token()
         if self._index is not None and self._worth_doing(inputs.due):
             self._select(self._index, inputs)
         if query.shape[2] > 1:
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
-        self.stats.count_step(self.ledger.counts)
+        self.stats.add(self.ledger.counts)
         return self.memory.attend(query, None if self._tail is None else (self._tail.keys, self._tail.values))
 
-    def step_replayed(self) -> None:
-        self.ledger.count_token()
+    def count_decoded(self, num_tokens: int) -> None:
+        self._count_token()  # what is behind the first token waits in the tail
         self.stats.num_steps += 1
+
+    def _count_token(self) -> None:
+        self.ledger.count_token()
         self.memory.traffic.rows_written += self.layout.batch_size * self.layout.num_kv_heads
+
+    def addresses(self) -> list[int]:
+        # Whatever grows, grows with the rows or with the units; states of stages are made anew when all is forgotten.
+        return [id(self), self.capacity, self.ledger.max_units, self._num_forgotten]
+
+    def steps_left(self) -> int:
+        return self.capacity - max(self.ledger.lengths)
 
     def _begin_decode(self) -> None:
         if self.ledger.in_prompt:
-            self._reserve_output_units()
+            # Room for all units that the planned rows can still give, so that nothing is allocated while decoding; and
+            # no more than that, now that the prompt's units are counted.
+            num_units = max(self.ledger.closed_at_end()) + self._output_units()
+            self.ledger.fit_units(num_units)
+            if self._index is not None:
+                self._index.fit(num_units)
             self.ledger.begin_decode()
 
-    def _reserve_output_units(self) -> None:
-        """Room for all units that the planned rows can still give, so that nothing is allocated while decoding."""
+    def _output_units(self) -> int:
+        """No more units can come from the tokens in the window and those there is room for."""
         remaining = self.capacity - min(self.ledger.lengths) + self.ledger.window_size + self.ledger.max_size
-        self._reserve_units(self.ledger.most_closed() + remaining // self.ledger.min_size + 1)
+        return remaining // self.ledger.min_size + 1
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
@@ -247,7 +296,7 @@ class RetrievalLayer(LayerRuntime):
             self.reserve(max(self.ledger.lengths) + tail.num_tokens)
             for token in range(tail.num_tokens):
                 self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token])
-                self.ledger.count_token()
+                self._count_token()
 
     def crop(self, num_tokens: int) -> None:
         num_tail = 0 if self._tail is None else self._tail.num_tokens
@@ -260,11 +309,12 @@ class RetrievalLayer(LayerRuntime):
         """Forget everything but the first tokens of each sequence, which are taken in again as a prompt."""
         longest = max(lengths)
         keys, values = self.layout.zeros(longest)
+        width = keys.shape[-1]
         for batch, (old, new) in enumerate(zip(self.ledger.lengths, lengths, strict=True)):
-            row_keys, row_values = self.memory.read(batch, old)
-            place = self.row_positions[batch, :, :old].argsort(-1)[:, :new, None].to(row_keys.device)
-            keys[batch, :, longest - new :] = row_keys.gather(1, place.expand(-1, -1, row_keys.shape[-1]))
-            values[batch, :, longest - new :] = row_values.gather(1, place.expand(-1, -1, row_values.shape[-1]))
+            rows = self.memory.read(batch, old)
+            place = self.positions.of(batch, old).argsort(-1)[:, :new, None].to(rows.device)
+            rows = rows.gather(1, place.expand(-1, -1, rows.shape[-1]))
+            keys[batch, :, longest - new :], values[batch, :, longest - new :] = rows[..., :width], rows[..., width:]
         self._forget()
         self._take_in(keys, values, lengths)
 
@@ -277,14 +327,15 @@ class RetrievalLayer(LayerRuntime):
 
     def _forget(self) -> None:
         self._tail = None
+        self._num_forgotten += 1
         self.ledger.reset()
         self.memory.reset()
-        self.row_positions.copy_(torch.arange(self.capacity))
+        self.positions.forget()
         self._trigger_state = self.policy.trigger.init(self.layout)
         self._units_state = self.policy.units.init(self.layout)
 
     def attended_positions(self, batch: int, head: int) -> Tensor:
-        positions = self.row_positions[batch, head][self.memory.attended_rows(batch, head)]
+        positions = self.positions.of(batch, self.capacity)[head][self.memory.attended_rows(batch, head)]
         return positions.sort().values.long()
 
     def unit_sizes(self, *, prompt: bool) -> Tensor:

@@ -34,9 +34,8 @@ class RetrievalStats:
         """int64 [B, H], rows of them that were not resident."""
         return self.tallies[ROWS_RECALLED]
 
-    def count_step(self, counts: Tensor) -> None:
-        """One decode step, with the ledger's counts after it."""
-        self.num_steps += 1
+    def add(self, counts: Tensor) -> None:
+        """One decode step, with the ledger's counts after it; `num_steps` is the host's to count."""
         self.count_sums += counts
 
     def reset(self) -> None:

@@ -23,6 +23,7 @@ class ClusterUnits(UnitBuilder):
     """
 
     name: ClassVar[str] = "clusters"
+    capturable: ClassVar[bool] = True
     cluster_size: int = field(default=16, validator=integer(at_least=1))
     """Tokens of an average cluster."""
     block_size: int = field(default=8192, validator=integer(at_least=1))

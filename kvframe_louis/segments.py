@@ -21,6 +21,7 @@ class SegmentUnits(UnitBuilder):
     """
 
     name: ClassVar[str] = "segments"
+    capturable: ClassVar[bool] = True
     min_segment: int = field(default=4, validator=integer(at_least=1))
     """An event closes a segment only if that holds this many tokens."""
     max_segment: int = field(default=64, validator=integer(at_least=1))

@@ -301,7 +301,7 @@ def assert_close(expected: list[Tensor], actual: list[Tensor], tolerance: float)
 def unit_positions(layer: RetrievalLayer, batch: int, head: int, num_units: int) -> list[list[int]]:
     """The first units of a head's ledger, by the positions of their tokens."""
     offsets = layer.ledger.unit_offsets[batch, head, : num_units + 1].tolist()
-    positions = layer.row_positions[batch, head].tolist()
+    positions = layer.positions.of(batch, layer.capacity)[head].tolist()
     return [positions[start:stop] for start, stop in pairwise(offsets)]
 
 

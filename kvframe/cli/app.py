@@ -5,6 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from kvframe.cli.bench import bench
 from kvframe.cli.calibrate import calibrate
 from kvframe.cli.console import errors, out
 from kvframe.cli.demo import demo
@@ -12,6 +13,7 @@ from kvframe.cli.doctor import doctor
 from kvframe.cli.families import families
 from kvframe.cli.generate import generate
 from kvframe.cli.listing import list_
+from kvframe.cli.plan import plan
 from kvframe.cli.show import show
 from kvframe.errors import KvframeError
 
@@ -44,9 +46,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, calibrate, doctor, families):
+for command in (demo, generate, show, plan, calibrate, doctor, families):
     app.command()(command)
 app.command(name="list")(list_)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,8 @@ from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.hf.attention import forget, is_remembered, remember
 from kvframe.hf.cache import RetrievalCache
+from kvframe.hf.capture import CapturedSteps
+from kvframe.hf.compiled import compiled_step
 from kvframe.hf.generate import read_call
 from kvframe.hf.support import ATTENTION_NAME, decoder_config, decoder_of
 from kvframe.registry import Registry
@@ -23,6 +25,8 @@ class Run:
 
     def __init__(self, model: PreTrainedModel, policy: Policy, execution: Execution, registry: Registry | None) -> None:
         self.model = model
+        self.steps: CapturedSteps | None = None
+        """Stands for the model's `forward` where decode steps are captured."""
         self.policy = policy
         self.execution: Execution = execution
         self._registry = registry
@@ -71,6 +75,8 @@ def attach(
     policy: Policy,
     *,
     execution: Execution = "offload",
+    capture: bool | None = None,
+    compile: bool = False,
     registry: Registry | None = None,
 ) -> Iterator[Run]:
     """Put a model's full-attention layers under a policy for the length of a `with` block.
@@ -81,11 +87,16 @@ def attach(
 
     execution: "offload" is the real thing; "dense" keeps all KV on the device and attends under a mask; "shadow" lets
         full attention drive and only watches the policy.
+    capture: replay every decode step as one CUDA graph. By default that is done on a CUDA device where nothing blocks
+        it; `Report.capture_reason` says what does. False: never.
+    compile: with `capture`, the model's own operations go through `torch.compile` first, which takes a minute or two
+        once and makes steps faster; logits differ in rounding.
     registry: plugins other than the installed ones.
 
     Raises UnsupportedModelError for a model that cannot be served and ConfigError for a policy that does not fit it,
     before anything is changed.
     """
+    _check_capture(model, execution, capture, compile)
     run = Run(model, policy, execution, registry)
     run.check()
     if not model.can_generate():
@@ -104,12 +115,16 @@ def attach(
     def generate(*args: Any, **kwargs: Any) -> Any:
         return run.generate(original, *args, **kwargs)
 
+    if capture is not False and execution == "offload" and model.device.type == "cuda":
+        run.steps = CapturedSteps(model, model.forward, compiled_step(model) if compile else None)
+
     try:
         for config in configs:
             remember(config)
         decoder_of(model).set_attn_implementation(ATTENTION_NAME)
         vars(model)["generate"] = generate
-        yield run
+        with _standing_in(model, run.steps):
+            yield run
     finally:
         if was_own:
             vars(model)["generate"] = original
@@ -118,6 +133,43 @@ def attach(
         for config, implementation in zip(configs, implementations, strict=True):
             config._attn_implementation_internal = implementation
             forget(config)
+
+
+@contextmanager
+def _standing_in(model: PreTrainedModel, steps: CapturedSteps | None) -> Iterator[None]:
+    """Within the block, `steps` is the model's `forward`."""
+    if steps is None:
+        yield
+        return
+    original: Any = model.forward
+    was_own = "forward" in vars(model)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return steps(*args, **kwargs)
+
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        if was_own:
+            vars(model)["forward"] = original
+        else:
+            vars(model).pop("forward", None)
+        steps.close()
+
+
+def _check_capture(model: PreTrainedModel, execution: Execution, capture: bool | None, compile: bool) -> None:
+    """Raise ConfigError where a captured or compiled step was asked for that there cannot be."""
+    if capture is True and model.device.type != "cuda":
+        raise ConfigError(f"capture=True needs a model on a CUDA device, this one is on {model.device}; leave it out")
+    if capture is True and execution != "offload":
+        raise ConfigError(f"capture=True needs execution='offload', got {execution!r}; leave it out")
+    if compile and (capture is False or execution != "offload" or model.device.type != "cuda"):
+        raise ConfigError(
+            "compile=True compiles the step that is captured, which needs a model on a CUDA device, "
+            "execution='offload' and capture not False; leave it out"
+        )
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:

@@ -61,6 +61,10 @@ def kvframe_attention(
     Returns ([B, T, Hq, Dv], None). Raises UnsupportedModelError or UnsupportedCallError for whatever would change the
     result and is not served.
     """
+    if torch.compiler.is_compiling():
+        # Traced by `compiled_step` alone: whatever else compiles an attached model has its own implementation.
+        sm_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.kvframe.attend(query, key, value, module.layer_idx, sm_scale), None
     layer = getattr(key, "_kvframe_layer", None)
     if not isinstance(layer, RetrievalCacheLayer):
         return _delegate(module, query, key, value, attention_mask, scaling, kwargs)

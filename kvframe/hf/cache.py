@@ -38,9 +38,12 @@ from kvframe.hf.support import (
 )
 from kvframe.layer import LayerRuntime
 from kvframe.memory.available import available_host_memory
+from kvframe.memory.link import link_of
+from kvframe.memory.pinned import pinned_memory
 from kvframe.registry import Registry, default_registry
 from kvframe.report import Report, Timeline, make_report
 from kvframe.runtime import RetrievalLayer, host_bytes_needed
+from kvframe.stages import SLOTS
 from kvframe.types import Execution, LayerLayout, ModelLayout
 
 Extend = Literal["full", "retrieve"]
@@ -69,6 +72,14 @@ class RetrievalCache(Cache):
     _padding: list[int] | None
     """Leading padding of every row; None for none so far."""
     _in_flight_bytes: int
+    epoch: int
+    """Counts whatever may have moved memory, or changed what the next pass is, other than plain decode steps."""
+    capture_reason: str | None
+    """Why the last decode step was not replayed as a CUDA graph; None where it was, or where nobody tried."""
+    cannot_be_captured: str | None
+    """Why none can be, once that has shown."""
+    num_replayed: int
+    """Decode steps that were replayed."""
 
     def __init__(
         self,
@@ -110,6 +121,10 @@ class RetrievalCache(Cache):
                 layers[layer_idx] = self._managed[-1]
         super().__init__(layers=layers)
         self._num_passes = 0
+        self.epoch = 0
+        self._is_recording = False
+        self._has_prompt_buffers = False
+        self.cannot_be_captured = None
         self._forget()
         self._expected = self._expected_layout(model)
         self._check_policy(model)
@@ -157,21 +172,102 @@ class RetrievalCache(Cache):
                 f"layer {layer.layer_idx} came where layer {expected} was expected: the forward pass before this one "
                 "was broken off, or the model skips layers; the cache is empty now, start again from the prompt"
             )
-        if layer.place == 0:
-            self._num_passes += 1
+        if layer.place == 0 and not self._is_recording:
             self._is_decode = self.num_prompt_tokens(layer.get_seq_length(), num_new) == 0
-            self.timeline.forward_begins(is_decode=self._is_decode)
+            self.step_begins() if self._is_decode else self._prompt_begins()
+            if not self._is_decode or num_new > 1:
+                self.epoch += 1
+
+    def _prompt_begins(self) -> None:
+        self._has_prompt_buffers = True
+        self._num_passes += 1
+        self.timeline.forward_begins(is_decode=False)
+
+    def step_begins(self) -> None:
+        """A decode step starts, here or as a replay."""
+        if self._has_prompt_buffers:
+            # What the prompt's copies went through is of no use to decoding.
+            self._has_prompt_buffers = False
+            link_of(self.device).free_buffers()
+        self._num_passes += 1
+        self.timeline.forward_begins(is_decode=True)
 
     def layer_takes(self, layer: RetrievalCacheLayer) -> None:
         """A layer takes its tokens in; from here on a failure leaves nothing to go back to."""
         self._next_place = layer.place + 1
 
+    def following(self, layer: RetrievalCacheLayer) -> LayerRuntime | None:
+        """What holds the KV of the managed layer after this one; None for the last, or before there is one."""
+        return self._managed[layer.place + 1].runtime if layer.place + 1 < len(self._managed) else None
+
     def layer_ends(self) -> None:
         """A layer has attended."""
         if self._next_place == len(self._managed):
-            if self._is_decode and self._registry.plugins.has_observers:
-                self._registry.plugins.step_finished(self)
             self._next_place = 0
+            if self._is_decode and not self._is_recording:
+                self._tell_observers()
+
+    def _tell_observers(self) -> None:
+        if self._registry.plugins.has_observers:
+            self._registry.plugins.step_finished(self)
+
+    # ---- steps that a CUDA graph repeats ----------------------------------------------------------------------------
+
+    def reason_against_capture(self) -> str | None:
+        """Why decode steps over this cache cannot be one CUDA graph; None where they can."""
+        if self.cannot_be_captured is None and self.batch_size > 0:
+            self.cannot_be_captured = self._reason_against_capture()
+        return self.cannot_be_captured
+
+    def _reason_against_capture(self) -> str | None:
+        device = self._managed[0].runtime.layout.device if self._managed[0].runtime else torch.device("cpu")
+        if device.type != "cuda":
+            return f"the model runs on {device.type}; CUDA graphs need a CUDA device"
+        if self.execution != "offload":
+            return f"execution={self.execution!r} looks at device values in every step"
+        for layer_idx, layer in enumerate(self.layers):
+            if not isinstance(layer, RetrievalCacheLayer):
+                return f"layer {layer_idx} keeps a stock cache ({type(layer).__name__}), which reallocates"
+        for slot in SLOTS:
+            for stage in self.policy.stage(slot).with_parts():
+                if not stage.capturable:
+                    return f"the {slot} stage {stage.name!r} does not say that it is capturable"
+        return None
+
+    def prepare_step(self) -> int:
+        """Do what has to be done before a token is decoded; says how many can be before that is needed again."""
+        for runtime in self._runtimes():
+            runtime.prepare_decode(1)
+        return min(runtime.steps_left() for runtime in self._runtimes())
+
+    def addresses(self) -> tuple[int, ...]:
+        """What differs if a tensor of a layer was allocated anew."""
+        return tuple(address for runtime in self._runtimes() for address in runtime.addresses())
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A pass is recorded and not run: the host's part of it is left out."""
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
+            self._next_place = 0
+            for layer in self._managed:
+                layer.drop_pending()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether the pass that is going on is only recorded."""
+        return self._is_recording
+
+    def step_was_replayed(self) -> None:
+        """The device takes a recorded step; what the host knows of it."""
+        for layer in self._managed:
+            layer.count_replayed()
+        self.num_replayed += 1
+        self._is_decode = True
+        self._tell_observers()
 
     def _not_reached(self, layer: RetrievalCacheLayer) -> KvframeError:
         self.abandon()
@@ -252,8 +348,8 @@ class RetrievalCache(Cache):
                 )
 
     def note_in_flight(self, num_bytes: int) -> None:
-        """KV of one layer's prompt tokens on its way."""
-        self._in_flight_bytes = max(self._in_flight_bytes, num_bytes)
+        """KV of one layer's prompt tokens on its way, besides the buffers it goes through."""
+        self._in_flight_bytes = max(self._in_flight_bytes, num_bytes + link_of(self.device).device_bytes)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -277,10 +373,19 @@ class RetrievalCache(Cache):
         capacity = max(self.max_length or _UNPLANNED_ROWS, keys.shape[2])
         if layer.place == 0:
             self._check_host_memory(layout, capacity)
+            self._pin(layout, capacity)
         if self.policy.is_dense(layer.layer_idx):
             return DenseLayer(layout, capacity)
         backend = self._registry.plugins.attention_backend(layout, layout.device)
         return RetrievalLayer(layout, self.policy, capacity, self.execution, backend)
+
+    def _pin(self, layout: LayerLayout, capacity: int) -> None:
+        """Lock the host memory of all layers at once: it is slow, and later runs use it again."""
+        if layout.device.type == "cuda" and self.execution == "offload":
+            num_bytes = self.policy.transfer.host_bytes(layout, capacity)
+            num_layers = sum(not self.policy.is_dense(layer.layer_idx) for layer in self._managed)
+            if num_bytes and num_layers:
+                pinned_memory().reserve(num_bytes, num_layers)
 
     def _plan(self, max_length: int | None, batch_size: int) -> None:
         """Make room for sequences of `max_length` tokens."""
@@ -292,6 +397,7 @@ class RetrievalCache(Cache):
         layout = runtimes[0].layout if runtimes else evolve(self._expected, batch_size=batch_size)
         self._check_host_memory(layout, max_length)
         self.max_length = max(self.max_length or 0, max_length)
+        self.epoch += 1
         with outside_inference_mode():
             for runtime in runtimes:
                 runtime.reserve(max_length)
@@ -301,6 +407,8 @@ class RetrievalCache(Cache):
         available = available_host_memory()
         if available is None:
             return
+        if layout.device.type == "cuda":
+            available += pinned_memory().free_bytes
         needed = sum(self._host_bytes(layer, layout, capacity) for layer in self._managed)
         held = sum(
             runtime.host_bytes() + (runtime.device_bytes() if layout.device.type == "cpu" else 0)
@@ -326,6 +434,11 @@ class RetrievalCache(Cache):
     # ---- what transformers asks -------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._expected.device
+
+    @property
     def batch_size(self) -> int:
         """Sequences in the batch; -1 before the first forward pass."""
         runtime = self._managed[0].runtime
@@ -338,6 +451,7 @@ class RetrievalCache(Cache):
         """
         first = self._managed[0]
         first.check_crop(first.num_cropped(tokens_to_remove))
+        self.epoch += 1
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -365,6 +479,9 @@ class RetrievalCache(Cache):
     def _forget(self) -> None:
         self.prompt_end = None
         self.timeline = Timeline()
+        self.epoch += 1
+        self.capture_reason = None
+        self.num_replayed = 0
         self._next_place = 0
         self._is_decode = False
         self._mask = None
@@ -393,6 +510,12 @@ class RetrievalCache(Cache):
         """Whether the cache was made for this very model."""
         return self._decoder() is decoder_of(model)
 
+    def module(self, layer_idx: int) -> torch.nn.Module:
+        """The attention module that fills a managed layer."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RetrievalCacheLayer)
+        return layer.module
+
     def attended_positions(self, layer_idx: int, batch: int = 0, kv_head: int = 0) -> Tensor:
         """Positions, counted from a sequence's first real token, that a head attended to in the last decode step."""
         layer = next((layer for layer in self._managed if layer.layer_idx == layer_idx), None)
@@ -408,7 +531,15 @@ class RetrievalCache(Cache):
 
     def report(self) -> Report:
         """What has happened since the cache was made or reset; reads the device."""
-        return make_report(self.policy, self.execution, self._runtimes(), self.timeline, self._in_flight_bytes)
+        return make_report(
+            self.policy,
+            self.execution,
+            self._runtimes(),
+            self.timeline,
+            self._in_flight_bytes,
+            num_replayed=self.num_replayed,
+            capture_reason=self.capture_reason,
+        )
 
 
 def _check_arguments(policy: object, execution: object, max_length: object, extend: object) -> None:

@@ -1,5 +1,6 @@
 """One layer of the cache that transformers sees, where a full KV cache would grow."""
 
+import functools
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -109,9 +110,16 @@ class RetrievalCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # 
         with outside_inference_mode():
             runtime = self._runtime_for(module, query, keys, values, sm_scale)
             out = self._dispatch(runtime, query, keys, values, mask)
-        self._length += keys.shape[2]
+        if not self.cache.is_recording:
+            self._length += keys.shape[2]
         self.cache.layer_ends()
         return out
+
+    def count_replayed(self) -> None:
+        """A recorded step of one token was taken on the device."""
+        assert self.runtime is not None
+        self.runtime.count_decoded(1)
+        self._length += 1
 
     def _runtime_for(
         self, module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, sm_scale: float
@@ -151,6 +159,13 @@ class RetrievalCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # 
             changes.append("an attention module of the same shape, expected the very one that filled it")
         return changes
 
+    @property
+    def module(self) -> nn.Module:
+        """The attention module that fills this layer."""
+        module = None if self._module is None else self._module()
+        assert module is not None, "nothing has filled this layer yet, or what did is gone"
+        return module
+
     def _dispatch(
         self, runtime: LayerRuntime, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
@@ -158,10 +173,14 @@ class RetrievalCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # 
         num_prompt = self.cache.num_prompt_tokens(self._length, num_new)
         num_real = self.cache.num_real_tokens(self._length, num_new, query.shape[0], mask, is_prompt=num_prompt > 0)
         self.cache.layer_takes(self)
+        if self.cache.is_recording:
+            return runtime.step(query, keys, values)
         if num_prompt == 0:
             return runtime.decode(query, keys, values)
         self.cache.note_in_flight(keys.nbytes + values.nbytes)
-        return runtime.prompt(query, keys, values, num_real, num_prompt)
+        following = self.cache.following(self)
+        ahead = None if following is None else functools.partial(following.prefetch, num_real)
+        return runtime.prompt(query, keys, values, num_real, num_prompt, ahead)
 
     # ---- what transformers asks -------------------------------------------------------------------------------------
 

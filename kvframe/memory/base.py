@@ -24,17 +24,25 @@ class LayerMemory(ABC):
     def reserve(self, num_rows: int) -> None:
         """Make room for at least `num_rows` tokens a sequence."""
 
+    def prefetch(self, batch: int, stop: int, room: int) -> None:  # noqa: B027, a hint may be ignored
+        """`read` will be called with these arguments before it is with others."""
+
     @abstractmethod
-    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows [0, stop) of one sequence on the device: [H, stop, D], [H, stop, Dv]."""
+    def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
+        """Rows [0, stop) of one sequence on the device, and behind them room for the caller to fill: [H, stop + room,
+        D + Dv], K and V of a token side by side. Valid until the read after the next one."""
 
     @abstractmethod
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Positions [start, stop) of one sequence, all inside the window: [H, n, D], [H, n, Dv]."""
 
     @abstractmethod
-    def store_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """A prompt block in unit order: rows [start, start + n), keys [H, n, D], values [H, n, Dv]."""
+    def stage(self, num_tokens: int) -> Tensor:
+        """Room on the device for a prompt block, [H, num_tokens, D + Dv], to be filled and handed to `store_block`."""
+
+    @abstractmethod
+    def store_block(self, batch: int, start: int, rows: Tensor) -> None:
+        """A prompt block in unit order: rows [start, start + n) of one sequence, as `stage` made room for."""
 
     @abstractmethod
     def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:

@@ -41,19 +41,26 @@ class DenseMemory(LayerMemory):
             more = self.resident.new_zeros(*self.resident.shape[:2], missing)
             self.resident = torch.cat([self.resident, more], 2)
 
-    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self.keys[batch, :, :stop], self.values[batch, :, :stop]
+    def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
+        rows = self.stage(stop + room)
+        rows[:, :stop] = torch.cat([self.keys[batch, :, :stop], self.values[batch, :, :stop]], -1)
+        return rows
 
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         # Clones, because a block may be written over the rows it was read from.
         return self.keys[batch, :, start:stop].clone(), self.values[batch, :, start:stop].clone()
 
-    def store_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self.keys[batch, :, start : start + keys.shape[1]] = keys
-        self.values[batch, :, start : start + keys.shape[1]] = values
+    def stage(self, num_tokens: int) -> Tensor:
+        layout = self._layout
+        shape = (layout.num_kv_heads, num_tokens, layout.head_dim + layout.value_dim)
+        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+
+    def store_block(self, batch: int, start: int, rows: Tensor) -> None:
+        self.store_recent(batch, start, rows[..., : self._layout.head_dim], rows[..., self._layout.head_dim :])
 
     def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self.store_block(batch, start, keys, values)
+        self.keys[batch, :, start : start + keys.shape[1]] = keys
+        self.values[batch, :, start : start + keys.shape[1]] = values
 
     def finish_prompt(self) -> None:
         pass

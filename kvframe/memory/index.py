@@ -29,6 +29,13 @@ class UnitIndex:
                 more = tensor.new_zeros(*self._heads, missing, *tensor.shape[3:])
                 self.tensors[name] = torch.cat([tensor, more], 2)
 
+    def fit(self, max_units: int) -> None:
+        """Have room for just this many units a head."""
+        for name, tensor in self.tensors.items():
+            if tensor.shape[2] > max_units + 1:
+                self.tensors[name] = tensor[:, :, : max_units + 1].clone()
+        self.reserve(max_units)
+
     def write(self, batch: int, columns: Tensor, entries: dict[str, Tensor]) -> None:
         """Entries [H, U, ...] of one sequence into columns [H, U]."""
         for name, entry in entries.items():

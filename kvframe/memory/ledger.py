@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvframe.memory.mailbox import DeviceReport
 from kvframe.types import LayerLayout, Units
 from kvframe_kernels.append_token import (
     CLOSED,
@@ -43,6 +44,16 @@ class Ledger:
         self.lengths = [0] * layout.batch_size
         self.open_starts = [sink_size] * layout.batch_size  # of the uncut part, while a prompt is read
         self.in_prompt = True
+        self._has_decoded = False
+        self._most_closed = [0] * layout.batch_size  # at least what `counts` says, while a prompt is read
+        self._report = DeviceReport(layout.device)
+        self.end_prompt()
+        self._has_decoded = False
+
+    @property
+    def has_decoded(self) -> bool:
+        """Whether units of generated tokens may still lie in the window."""
+        return self._has_decoded
 
     @property
     def max_units(self) -> int:
@@ -57,8 +68,18 @@ class Ledger:
             self.unit_offsets = torch.cat([self.unit_offsets, self.unit_offsets.new_zeros(*heads, missing)], -1)
             self.is_prompt_unit = torch.cat([self.is_prompt_unit, self.is_prompt_unit.new_zeros(*heads, missing)], -1)
 
+    def fit_units(self, num_units: int) -> None:
+        """Have room for just this many units a head."""
+        if num_units < self.max_units:
+            self.unit_offsets = self.unit_offsets[..., : num_units + 2].clone()
+            self.is_prompt_unit = self.is_prompt_unit[..., : num_units + 1].clone()
+        self.reserve_units(num_units)
+
     def begin_prompt(self) -> None:
-        """A prompt chunk or a turn's text comes: what was generated ends a unit here, whatever its size."""
+        """A prompt chunk or a turn's text comes: what was generated ends a unit here, whatever its size.
+
+        Reads the device where something was generated.
+        """
         if self.in_prompt:
             return
         self.in_prompt = True
@@ -67,6 +88,7 @@ class Ledger:
         counts[CLOSED] += counts[OPEN] > 0
         counts[OPEN].zero_()
         self.open_starts = [max(length, self.sink_size) for length in self.lengths]
+        self._most_closed = counts[CLOSED].amax(-1).tolist()
 
     def prompt_block(self, batch: int, num_tokens: int) -> tuple[int, int]:
         """Positions [start, stop) of one sequence that leave the window as prompt units when `num_tokens` more come."""
@@ -84,7 +106,12 @@ class Ledger:
         self.is_prompt_unit[batch, heads, columns] = units.sizes > 0
         self.counts[CLOSED, batch] += units.num_units
         self.counts[UNITS, batch] += units.num_units
+        self._most_closed[batch] += num_units
         return columns
+
+    def end_prompt(self) -> None:
+        """The prompt may be over: have the device say how many units there are, for `begin_decode`."""
+        self._report.ask(self.counts[CLOSED].amax(-1))
 
     def finish_prompt(self, batch: int, num_tokens: int, block_stop: int) -> None:
         """`num_tokens` more tokens of one sequence are stored; its window starts at `block_stop` or at an older
@@ -104,6 +131,8 @@ class Ledger:
         if not self.in_prompt:
             return
         self.in_prompt = False
+        self._has_decoded = True
+        self._most_closed = self.closed_at_end()
         for batch, (length, start) in enumerate(zip(self.lengths, self.open_starts, strict=True)):
             full = max(0, length - start) // self.max_size
             closed = self.counts[CLOSED, batch]
@@ -111,6 +140,7 @@ class Ledger:
             heads = torch.arange(closed.shape[0], device=closed.device)[:, None]
             self.unit_offsets[batch, heads, closed[:, None] + steps] = start + steps * self.max_size
             closed += full
+            self._most_closed[batch] += full
             self.counts[OPEN, batch] -= full * self.max_size
 
     def advance(self, cut: Tensor | None) -> None:
@@ -144,9 +174,13 @@ class Ledger:
         """int64 [B, H], units with a fixed end, in the index or still in the window."""
         return self.counts[CLOSED]
 
-    def most_closed(self) -> int:
-        """The largest `num_closed`; reads the device."""
-        return int(self.counts[CLOSED].max())
+    def most_closed(self, batch: int) -> int:
+        """No head of a sequence has more closed units; known while a prompt is read."""
+        return self._most_closed[batch]
+
+    def closed_at_end(self) -> list[int]:
+        """The most closed units of every sequence when `end_prompt` was called; the host waits until it is known."""
+        return self._report.answer()
 
     @property
     def sinks(self) -> Tensor:
@@ -179,6 +213,8 @@ class Ledger:
         self.lengths = [0] * self.layout.batch_size
         self.open_starts = [self.sink_size] * self.layout.batch_size
         self.in_prompt = True
+        self._most_closed = [0] * self.layout.batch_size
+        self.end_prompt()
 
     def nbytes(self) -> int:
         """Device memory held."""

@@ -7,6 +7,8 @@ import torch
 from attrs import define, evolve
 from torch import Tensor
 
+from kvframe.memory.link import Parcel, link_of
+from kvframe.memory.pinned import pinned_empty
 from kvframe.types import LayerLayout
 
 
@@ -35,9 +37,10 @@ class Traffic:
 
 
 class RowStore(ABC):
-    """Holds every token of one layer under its row number, and counts what it reads and writes.
+    """Holds every token of one layer under its row number, K and V side by side.
 
-    `append` and `recall` are steps of decoding: they read no device value from the host.
+    `append` and `recall` are steps of decoding: they read no device value from the host, and a CUDA graph may repeat
+    them. The other methods belong to prompts.
     """
 
     traffic: Traffic
@@ -52,19 +55,40 @@ class RowStore(ABC):
         """Make room for at least `num_rows` rows; what is stored stays where it is."""
 
     @abstractmethod
-    def write(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Rows [start, start + n) of one sequence; keys [H, n, D], values [H, n, Dv]."""
+    def stage(self, num_tokens: int) -> Tensor:
+        """Room on the device for rows of one sequence, [H, num_tokens, D + Dv], uninitialised; valid until they have
+        been handed to `write`."""
+
+    @abstractmethod
+    def write(self, batch: int, start: int, rows: Tensor) -> None:
+        """Rows [start, start + n) of one sequence; rows [H, n, D + Dv], on the device, best from `stage`.
+
+        May return before they have arrived. Other prompt methods find them; `append`, `recall` and whoever looks at the
+        host's memory do so after `finish_writes`.
+        """
+
+    def finish_writes(self) -> None:  # noqa: B027, a store that writes at once has nothing to do
+        """The prompt is over: let the steps of decoding that follow find what was written. The host does not wait."""
 
     @abstractmethod
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """One token of every head at its row.
 
+        Not counted as traffic: where a graph repeats the step, nobody comes by here, so the caller counts.
+
         rows: int64 [B, H], on the device: no host has to know them. keys: [B, H, D], values: [B, H, Dv].
         """
 
+    def prefetch(self, batch: int, stop: int, room: int = 0) -> None:  # noqa: B027, a hint may be ignored
+        """A hint that `read` will be called with these arguments before it is with others."""
+
     @abstractmethod
-    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows [0, stop) of one sequence on the device: keys [H, stop, D], values [H, stop, Dv]."""
+    def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
+        """Rows [0, stop) of one sequence on the device, and behind them room for more: [H, stop + room, D + Dv].
+
+        The last `room` rows are uninitialised, for the caller to fill. Valid until the read after the next one is made
+        or prefetched, of whichever layer.
+        """
 
     @abstractmethod
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
@@ -84,7 +108,7 @@ class RowStore(ABC):
 
 
 class RowPool(RowStore):
-    """Rows as they are, in slabs [B, H, R, D + Dv] with K and V of a token adjacent, on the host or on the device.
+    """Rows as they are, in slabs [B, H, R, D + Dv], on the host or on the device.
 
     Room that was not planned for comes as further slabs, so that nothing already stored has to move.
     """
@@ -95,6 +119,8 @@ class RowPool(RowStore):
         self._crosses_link = crosses_link
         self._slabs: list[tuple[int, Tensor]] = []
         self.traffic = Traffic(row_bytes=layout.row_bytes if crosses_link else 0)
+        # What was fetched ahead goes by this name, and by another one once the rows may have changed.
+        self._content = object()
         self.grow(num_rows)
 
     @property
@@ -112,32 +138,83 @@ class RowPool(RowStore):
     def _allocate(self, num_rows: int) -> Tensor:
         layout = self._layout
         shape = (layout.batch_size, layout.num_kv_heads, num_rows, layout.head_dim + layout.value_dim)
-        # Zero-copy kernels read the pool over the link, which needs page-locked memory.
-        pinned = self._device.type == "cpu" and layout.device.type == "cuda"
-        return torch.empty(shape, dtype=layout.dtype, device=self._device, pin_memory=pinned)
+        if self._device.type == "cpu" and layout.device.type == "cuda":
+            return pinned_empty(shape, layout.dtype, layout.device)
+        return torch.empty(shape, dtype=layout.dtype, device=self._device)
 
-    def write(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        stop = start + keys.shape[1]
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def _rows_shape(self, num_tokens: int) -> tuple[int, int, int]:
+        return self._layout.num_kv_heads, num_tokens, self._layout.head_dim + self._layout.value_dim
+
+    def stage(self, num_tokens: int) -> Tensor:
+        shape, layout = self._rows_shape(num_tokens), self._layout
+        if self._crosses_link:
+            return link_of(layout.device).stage(shape, layout.dtype)
+        return torch.empty(shape, dtype=layout.dtype, device=layout.device)
+
+    def write(self, batch: int, start: int, rows: Tensor) -> None:
+        self._content = object()
+        if self._crosses_link:
+            link = link_of(self._layout.device)
+            if not link.is_staged(rows):
+                # Whose memory it is might be used again before it has been read.
+                rows = self.stage(rows.shape[1]).copy_(rows)
+            link.send(rows, self._heads(batch, start, rows))
+        else:
+            for part, place in self._parts(batch, start, rows):
+                place.copy_(part)
+        self.traffic.rows_written += rows.shape[0] * rows.shape[1]
+
+    def finish_writes(self) -> None:
+        if self._crosses_link:
+            link_of(self._layout.device).finish_sends()
+
+    def prefetch(self, batch: int, stop: int, room: int = 0) -> None:
+        if self._crosses_link:
+            link_of(self._layout.device).fetch(self._parcel(batch, stop, room))
+
+    def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
+        if self._crosses_link:
+            rows = link_of(self._layout.device).take(self._parcel(batch, stop, room))
+        else:
+            rows = self.stage(stop + room)
+            for part, place in self._parts(batch, 0, rows[:, :stop]):
+                part.copy_(place)
+        self.traffic.rows_read += rows.shape[0] * stop
+        return rows
+
+    def _parcel(self, batch: int, stop: int, room: int) -> Parcel:
+        shape = self._rows_shape(stop + room)
+        return Parcel(
+            key=(self._content, batch, stop, room),
+            shape=shape,
+            dtype=self._layout.dtype,
+            pieces=lambda rows: self._heads(batch, 0, rows[:, :stop]),
+            planned_bytes=shape[0] * self.num_rows * self._layout.row_bytes,
+        )
+
+    def _parts(self, batch: int, start: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rows [H, n, D + Dv] of a sequence from `start` on, cut where a slab ends; each part with its place there."""
+        parts, stop = [], start + rows.shape[1]
         for first, slab in self._slabs:
             low, high = max(start, first), min(stop, first + slab.shape[2])
             if low < high:
-                rows, source = slice(low - first, high - first), slice(low - start, high - start)
-                slab[batch, :, rows, : self._layout.head_dim].copy_(keys[:, source])
-                slab[batch, :, rows, self._layout.head_dim :].copy_(values[:, source])
-        self.traffic.rows_written += keys.shape[0] * keys.shape[1]
+                parts.append((rows[:, low - start : high - start], slab[batch, :, low - first : high - first]))
+        return parts
+
+    def _heads(self, batch: int, start: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The same, cut by heads: each part contiguous on both sides."""
+        return [pair for part, place in self._parts(batch, start, rows) for pair in zip(part, place, strict=True)]
+
+    # ---- decoding ---------------------------------------------------------------------------------------------------
 
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         from kvframe_kernels.gather_kv import store_token
 
+        self._content = object()
         for first, slab in self._slabs:
             store_token(slab, rows, first, keys, values)
-        self.traffic.rows_written += keys.shape[0] * keys.shape[1]
-
-    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
-        parts = [slab[batch, :, : stop - first] for first, slab in self._slabs if first < stop]
-        rows = torch.cat([part.to(self._layout.device) for part in parts], dim=1)
-        self.traffic.rows_read += rows.shape[0] * rows.shape[1]
-        return rows[..., : self._layout.head_dim], rows[..., self._layout.head_dim :]
 
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
         from kvframe_kernels.gather_kv import gather_kv
@@ -145,11 +222,13 @@ class RowPool(RowStore):
         for first, slab in self._slabs:
             gather_kv(slab, incoming, first, k_slots, v_slots)
 
+    # ---- the whole --------------------------------------------------------------------------------------------------
+
     def _held(self) -> int:
         return sum(slab.nbytes for _, slab in self._slabs)
 
     def device_bytes(self) -> int:
-        return self._held() if self._device.type == self._layout.device.type and not self._crosses_link else 0
+        return 0 if self._crosses_link else self._held()
 
     def host_bytes(self) -> int:
         return self._held() if self._crosses_link else 0
@@ -157,6 +236,8 @@ class RowPool(RowStore):
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowPool":
         # A plain deep copy would lose the page lock.
         twin = RowPool(self._layout, 0, self._device, crosses_link=self._crosses_link)
+        if self._crosses_link:
+            link_of(self._layout.device).drain()  # the host is about to look
         for first, slab in self._slabs:
             twin._slabs.append((first, twin._allocate(slab.shape[2]).copy_(slab)))
         twin.traffic = evolve(self.traffic)

@@ -53,18 +53,26 @@ class SlotMemory(LayerMemory):
         self._store.grow(num_rows)
         self._marks = self._make_marks()
 
-    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self._store.read(batch, stop)
+    def prefetch(self, batch: int, stop: int, room: int) -> None:
+        self._store.prefetch(batch, stop, room)
+
+    def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
+        return self._store.read(batch, stop, room)
 
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         places = self._places(start, stop)
         return self.slots.keys[batch, :, places], self.slots.values[batch, :, places]
 
-    def store_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self._store.write(batch, start, keys, values)
+    def stage(self, num_tokens: int) -> Tensor:
+        return self._store.stage(num_tokens)
+
+    def store_block(self, batch: int, start: int, rows: Tensor) -> None:
+        self._store.write(batch, start, rows)
 
     def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self._store.write(batch, start, keys, values)
+        rows = self._store.stage(keys.shape[1])
+        rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :] = keys, values
+        self._store.write(batch, start, rows)
         places = self._places(start, start + keys.shape[1])
         self.slots.keys[batch, :, places] = keys
         self.slots.values[batch, :, places] = values
@@ -73,6 +81,7 @@ class SlotMemory(LayerMemory):
         return self.slots.place(torch.arange(start, stop, device=self._layout.device))
 
     def finish_prompt(self) -> None:
+        self._store.finish_writes()
         ledger, ring_size = self._ledger, self.slots.ring_size
         ring = torch.arange(ring_size, device=self._layout.device)
         # Ring slot j holds the newest position that is j modulo the ring's size: `age` steps before the last token.

@@ -1,7 +1,10 @@
 """What every stage of every slot has in common."""
 
 from abc import ABC
+from collections.abc import Iterator
 from typing import ClassVar, Literal
+
+import attrs
 
 from kvframe.types import Invariant
 
@@ -20,5 +23,16 @@ class Stage(ABC):
     """Set by the slot's abstract class."""
     name: ClassVar[str]
     """What `kvframe list` and `Policy.to_dict` call it; kebab-case, unique in its slot."""
+    capturable: ClassVar[bool] = False
+    """Whether a CUDA graph can repeat the stage's part of a decode step: it reads no device value from the host,
+    decides nothing in Python that differs from step to step, and keeps its state in tensors updated in place."""
     waives: ClassVar[frozenset[Invariant]] = frozenset()
     """Promises that a policy with this stage does not make."""
+
+    def with_parts(self) -> Iterator["Stage"]:
+        """This stage, and those that it is made of."""
+        yield self
+        for attribute in attrs.fields(type(self)) if attrs.has(type(self)) else ():  # type: ignore[arg-type]
+            part = getattr(self, attribute.name)
+            if isinstance(part, Stage):
+                yield from part.with_parts()

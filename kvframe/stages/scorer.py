@@ -65,6 +65,7 @@ class MeanKey(Scorer):
     """
 
     name: ClassVar[str] = "mean-key"
+    capturable: ClassVar[bool] = True
     group_reduction: Literal["mean", "max"] = field(default="mean", validator=one_of("mean", "max"))
     """How the query heads of a group become one."""
     softmax: bool = field(default=True, validator=one_of(True, False))

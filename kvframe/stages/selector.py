@@ -40,6 +40,7 @@ class TopBudget(Selector):
     """
 
     name: ClassVar[str] = "top-budget"
+    capturable: ClassVar[bool] = True
     token_budget: int = field(default=1024, validator=integer(at_least=1))
     """Tokens that every head retrieves, where there are as many; sinks and window come on top."""
 
@@ -58,6 +59,7 @@ class SelectNothing(Selector):
     """No rows at all: sinks and window alone."""
 
     name: ClassVar[str] = "nothing"
+    capturable: ClassVar[bool] = True
 
     @property
     def capacity(self) -> int:

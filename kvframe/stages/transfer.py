@@ -31,6 +31,7 @@ class HostPool(Transfer):
     """All KV in host memory, pinned where there is a CUDA device; recalled row by row, unit-contiguous."""
 
     name: ClassVar[str] = "host-pool"
+    capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
         return RowPool(layout, num_rows, torch.device("cpu"), crosses_link=True)
@@ -44,6 +45,7 @@ class KeepOnDevice(Transfer):
     """All KV on the device; only attention is sparse. Rows still move into slots, but none crosses the link."""
 
     name: ClassVar[str] = "keep-on-device"
+    capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
         return RowPool(layout, num_rows, layout.device, crosses_link=False)

@@ -39,6 +39,7 @@ class EveryStep(Trigger):
     """Select at every step, as Quest, ArkVale and ClusterKV do."""
 
     name: ClassVar[str] = "every-step"
+    capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout) -> Decision:
         return Decision(due=_everywhere(True, layout))
@@ -55,6 +56,7 @@ class Never(Trigger):
     """Never select. Only sinks, window and what was resident before are attended."""
 
     name: ClassVar[str] = "never"
+    capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout) -> Decision:
         return Decision(due=_everywhere(False, layout))
@@ -76,6 +78,7 @@ class FixedStride(Trigger):
     """Select at the first step after the prompt and at every `stride`-th from there."""
 
     name: ClassVar[str] = "fixed-stride"
+    capturable: ClassVar[bool] = True
     stride: int = field(default=16, validator=integer(at_least=1))
     """Steps from one selection to the next."""
 
@@ -96,6 +99,7 @@ class Once(Trigger):
     """Select at the first step after the prompt, or after a turn's text, and then no more."""
 
     name: ClassVar[str] = "once"
+    capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout) -> _Counter:
         return _Counter(steps=_everywhere(False, layout).long())

@@ -67,6 +67,7 @@ class TokenUnits(UnitBuilder):
     """Every token is a unit of its own."""
 
     name: ClassVar[str] = "tokens"
+    capturable: ClassVar[bool] = True
 
     @property
     def unit_size(self) -> int:
@@ -95,6 +96,7 @@ class PageUnits(UnitBuilder):
     """Runs of `page_size` consecutive tokens, as in Quest (arXiv 2406.10774)."""
 
     name: ClassVar[str] = "pages"
+    capturable: ClassVar[bool] = True
     page_size: int = field(default=16, validator=integer(at_least=1))
     """Tokens of a page."""
 
@@ -125,6 +127,7 @@ class DecoupledUnits(UnitBuilder):
     """One builder for the prompt, another for what is generated."""
 
     name: ClassVar[str] = "decoupled"
+    capturable: ClassVar[bool] = True
     prompt: UnitBuilder = field()
     """Builds the prompt's units."""
     output: UnitBuilder = field()

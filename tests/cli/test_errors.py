@@ -14,7 +14,7 @@ from kvframe.errors import UnknownNameError
 Run = Callable[..., Result]
 Fails = Callable[..., str]
 
-COMMANDS = ["demo", "generate", "show", "calibrate", "doctor", "families", "list"]
+COMMANDS = ["demo", "generate", "show", "calibrate", "doctor", "families", "list", "plan", "bench"]
 
 
 @pytest.mark.parametrize(

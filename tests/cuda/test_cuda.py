@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from on_cuda import generate, small
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvframe
@@ -13,8 +13,6 @@ from kvframe.registry import default_registry
 from kvframe.runtime import RetrievalLayer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-PROMPT, STEPS = 90, 40
 
 
 @pytest.fixture(scope="module")
@@ -36,36 +34,6 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).cuda().eval()
 
 
-def padded_prompt() -> dict[str, Tensor]:
-    """Two rows, the second with left padding."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, 256, (2, PROMPT), device="cuda")
-    mask = torch.ones_like(ids)
-    ids[1, :23], mask[1, :23] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model: LlamaForCausalLM, **options: object) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of a greedy run."""
-    out = model.generate(
-        **padded_prompt(),
-        do_sample=False,
-        max_new_tokens=STEPS,
-        min_new_tokens=STEPS,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return out.sequences, torch.stack(out.logits)
-
-
-def small(name: str, token_budget: int) -> kvframe.Policy:
-    """A policy with sizes that fit a short text."""
-    options = {"token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "dense_layers": ()}
-    known = {field.name for field in default_registry().policy_spec(name).config_cls.__attrs_attrs__}
-    return kvframe.policy(name, **{key: value for key, value in options.items() if key in known})
-
-
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 32}], ids=["one-shot", "chunked"])
 def test_full_budget_equals_stock(model: LlamaForCausalLM, options: dict[str, int]) -> None:
     """A budget beyond the context gives the stock model's logits and tokens, with rows moved over the link."""
@@ -79,6 +47,7 @@ def test_full_budget_equals_stock(model: LlamaForCausalLM, options: dict[str, in
     assert run.report().bytes_to_device > 0
 
 
+@pytest.mark.filterwarnings("ignore::kvframe_kernels.dispatch.FallbackWarning")  # no kernel serves float64
 @pytest.mark.parametrize("name", [record.name for record in default_registry().policies()])
 def test_offload_equals_dense(model: LlamaForCausalLM, name: str) -> None:
     """Every policy attends to the same positions and gives the same logits in both executions, in float64."""

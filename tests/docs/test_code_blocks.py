@@ -201,9 +201,11 @@ def check_call(arguments: list[str]) -> None:
     """Raise unless command, options and arguments exist and the policy takes what `--set` gives it."""
     group: Any = typer.main.get_command(app)
     given = [argument for argument in arguments if argument != "--debug"]
-    command = group.commands[given[0]]
-    context = command.context_class(command, info_name=given[0])
-    options, left_over, _ = command.make_parser(context).parse_args(args=given[1:])
+    command = group.commands[given.pop(0)]
+    while hasattr(command, "commands"):
+        command = command.commands[given.pop(0)]
+    context = command.context_class(command, info_name=command.name)
+    options, left_over, _ = command.make_parser(context).parse_args(args=given)
     assert left_over == [], f"too many arguments: {left_over}"
     missing = [parameter.name for parameter in command.params if parameter.required and not options.get(parameter.name)]
     assert missing == [], f"missing: {missing}"

@@ -145,9 +145,16 @@ def promises() -> str:
 
 
 def commands() -> dict[str, Any]:
-    """The commands of the command line by name."""
-    group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+    """The commands of the command line by name; those of a group come with its name in front."""
+    return dict(_commands_of(typer.main.get_command(app)))
+
+
+def _commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands_of(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
 
 
 def command_options(name: str) -> str:
@@ -169,7 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"stages-{slot}": functools.partial(stages, slot) for slot in SLOTS},
     "scenarios": scenarios,
     "promises": promises,
-    **{f"command-{name}": functools.partial(command_options, name) for name in commands()},
+    **{f"command-{name.replace(' ', '-')}": functools.partial(command_options, name) for name in commands()},
     "options-louiskv": lambda: options_of("louiskv"),
     "options-window": lambda: options_of("window"),
     "options-oracle_topk": lambda: options_of("oracle_topk"),

@@ -95,11 +95,13 @@ def units_are_disjoint(policy: Policy, case: Case, execution: str) -> None:
             assert all(units)
             covered = sorted(position for unit in units for position in unit)
             assert covered == list(range(min(policy.sink_size, length), length - run.window(batch, head)))
-            positions = run.layer.row_positions[batch, head, :length]
+            positions = run.layer.positions.of(batch, length)[head]
             assert sorted(positions.tolist()) == list(range(length))
             columns = positions + case.padding[batch]
             if length:
-                stored = run.layer.memory.read(batch, length)
+                rows = run.layer.memory.read(batch, length)
+                width = run.text.keys.shape[-1]
+                stored = rows[..., :width], rows[..., width:]
                 for states, own in zip(stored, (run.text.keys, run.text.values)):
                     assert torch.equal(states[head], own[batch, head, columns])
 
@@ -172,18 +174,21 @@ class WatchedStore(RowStore):
     def grow(self, num_rows: int) -> None:
         self.store.grow(num_rows)
 
-    def write(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self.written += keys.nbytes + values.nbytes
-        self.store.write(batch, start, keys, values)
+    def stage(self, num_tokens: int) -> Tensor:
+        return self.store.stage(num_tokens)
+
+    def write(self, batch: int, start: int, rows: Tensor) -> None:
+        self.written += rows.nbytes
+        self.store.write(batch, start, rows)
 
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         self.written += keys.nbytes + values.nbytes
         self.store.append(rows, keys, values)
 
-    def read(self, batch: int, stop: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.store.read(batch, stop)
-        self.loaded += keys.nbytes + values.nbytes
-        return keys, values
+    def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
+        rows = self.store.read(batch, stop, room)
+        self.loaded += rows[:, :stop].nbytes
+        return rows
 
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
         self.incoming = incoming.clone()

@@ -17,23 +17,32 @@ LAYOUT = make_layout(batch_size=3, num_kv_heads=2, head_dim=4, value_dim=5)
 NUM_ROWS = 40
 
 
-def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor, Tensor]:
-    """A store planned for a few rows and grown twice, filled row by row and in blocks; and what was stored."""
+def write(store: RowStore, batch: int, start: int, rows: Tensor) -> None:
+    """Rows [H, n, D + Dv], the way a prompt's come."""
+    staged = store.stage(rows.shape[1])
+    assert staged.shape == rows.shape and staged.dtype == rows.dtype
+    store.write(batch, start, staged.copy_(rows))
+
+
+def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor]:
+    """A store planned for a few rows and grown twice, filled in blocks and row by row; and what it holds."""
     text = make_text(LAYOUT, NUM_ROWS, 0)
+    expected = torch.cat([text.keys, text.values], -1)
     store = transfer.init(LAYOUT, first)
     for batch in range(LAYOUT.batch_size):
-        store.write(batch, 0, text.keys[batch, :, :first], text.values[batch, :, :first])
+        write(store, batch, 0, expected[batch, :, :first])
     store.grow(first + 3)
     store.grow(NUM_ROWS)
     for batch, start in enumerate((first + 1, first + 2, NUM_ROWS)):
-        store.write(batch, first, text.keys[batch, :, first:start], text.values[batch, :, first:start])
+        write(store, batch, first, expected[batch, :, first:start])
+    store.finish_writes()
     # Every head is at a row of its own, as the sequences of a batch with padding are, until all are full.
     batches, heads = torch.arange(LAYOUT.batch_size)[:, None], torch.arange(LAYOUT.num_kv_heads)
     starts = torch.tensor([[first + 1, first], [first + 2, first + 1], [NUM_ROWS, first]])
     for step in range(NUM_ROWS):
         rows = (starts + step).clamp(max=NUM_ROWS - 1)
         store.append(rows, text.keys[batches, heads, rows], text.values[batches, heads, rows])
-    return store, text.keys, text.values
+    return store, expected
 
 
 def slots(capacity: int) -> tuple[Tensor, Tensor]:
@@ -43,22 +52,73 @@ def slots(capacity: int) -> tuple[Tensor, Tensor]:
 
 
 @every_transfer
-def test_rows_written_are_rows_read(transfer: Transfer):
-    """Whatever slab a row lies in, and however it came there."""
-    store, keys, values = filled(transfer)
+@pytest.mark.parametrize("room", [0, 1, 7])
+def test_rows_written_are_rows_read(transfer: Transfer, room: int):
+    """Whatever slab a row lies in, however it came there, and with or without a hint; behind them is room to fill."""
+    store, expected = filled(transfer)
 
     assert store.num_rows == NUM_ROWS
     for batch in range(LAYOUT.batch_size):
-        for stop in (1, 12, 13, 15, 16, NUM_ROWS):
-            read_keys, read_values = store.read(batch, stop)
-            assert torch.equal(read_keys, keys[batch, :, :stop]) and torch.equal(read_values, values[batch, :, :stop])
+        for stop in (0, 1, 12, 13, 15, 16, NUM_ROWS):
+            if stop % 2:
+                store.prefetch(batch, stop, room)
+            rows = store.read(batch, stop, room)
+            assert rows.shape == (2, stop + room, 9)
+            rows[:, stop:] = torch.nan
+            assert torch.equal(rows[:, :stop], expected[batch, :, :stop])
+
+
+@every_transfer
+def test_rows_need_not_be_staged(transfer: Transfer):
+    """A tensor of the caller's own is written too, and so is a part of a staged one."""
+    store = transfer.init(LAYOUT, 9)
+    rows = torch.randn(2, 9, 9, dtype=LAYOUT.dtype)
+    store.write(1, 0, rows[:, :4])
+    staged = store.stage(9).copy_(rows)
+    store.write(1, 6, staged[:, 6:])
+    store.write(1, 4, staged[:, 4:6])
+
+    assert torch.equal(store.read(1, 9), rows)
+
+
+@every_transfer
+def test_what_is_read_stays_for_one_more_read(transfer: Transfer):
+    """Even where the next but one is on its way already when the last one is used; the store keeps its own."""
+    store, expected = filled(transfer)
+    first = store.read(0, 20, 3)
+    store.prefetch(1, 25)
+    second = store.read(1, 25)
+    assert torch.equal(first[:, :20], expected[0, :, :20])
+    store.prefetch(2, 30)
+    assert torch.equal(second, expected[1, :, :25])
+    second.fill_(torch.nan)
+
+    assert torch.equal(store.read(2, 30), expected[2, :, :30])
+    assert torch.equal(store.read(1, 25), expected[1, :, :25])
+
+
+@every_transfer
+@pytest.mark.parametrize("how", ["write", "append"])
+def test_a_hint_does_not_age(transfer: Transfer, how: str):
+    """What changes after it is read as it is then."""
+    store, expected = filled(transfer)
+    store.prefetch(0, 20)
+    expected = expected.clone()
+    expected[:, :, 5] = -1
+    if how == "write":
+        write(store, 0, 5, expected[0, :, 5:6])
+    else:
+        rows = torch.full((3, 2), 5)
+        store.append(rows, expected[:, :, 5, :4], expected[:, :, 5, 4:])
+
+    assert torch.equal(store.read(0, 20), expected[0, :, :20])
 
 
 @every_transfer
 @given(seed=st.integers(0, 2**16), capacity=st.integers(1, 20))
 def test_recalled_rows(transfer: Transfer, seed: int, capacity: int):
     """Every slot gets the row named for it, from whichever slab; slots with no row named stay as they are."""
-    store, keys, values = filled(transfer)
+    store, expected = filled(transfer)
     generator = torch.Generator().manual_seed(seed)
     incoming = torch.randint(0, NUM_ROWS, (3, 2, capacity), generator=generator)
     incoming[torch.rand(incoming.shape, generator=generator) < 0.4] = -1
@@ -66,19 +126,21 @@ def test_recalled_rows(transfer: Transfer, seed: int, capacity: int):
     k_expected, v_expected = k_slots.clone(), v_slots.clone()
     for batch, head, slot in (incoming >= 0).nonzero().tolist():
         row = int(incoming[batch, head, slot])
-        k_expected[batch, head, slot], v_expected[batch, head, slot] = keys[batch, head, row], values[batch, head, row]
+        k_expected[batch, head, slot], v_expected[batch, head, slot] = expected[batch, head, row].split([4, 5])
     store.recall(incoming, k_slots, v_slots)
 
     assert torch.equal(k_slots, k_expected) and torch.equal(v_slots, v_expected)
 
 
 def test_bytes_over_the_link():
-    """The host pool counts what is written and read; on the device nothing crosses the link."""
+    """The host pool counts what a prompt writes and reads, once; on the device nothing crosses the link."""
     row_bytes = (4 + 5) * 8
-    (pool, _, _), (kept, _, _) = filled(HostPool()), filled(KeepOnDevice())
-    written = 2 * (3 * 12 + (1 + 2 + 28) + 3 * NUM_ROWS)
+    (pool, _), (kept, _) = filled(HostPool()), filled(KeepOnDevice())
+    written = 2 * (3 * 12 + (1 + 2 + 28))
     for store in (pool, kept):
-        store.read(1, 30)
+        store.prefetch(1, 29)
+        store.prefetch(1, 30, 5)
+        store.read(1, 30, 5)
 
     assert pool.traffic.bytes_to_host == written * row_bytes
     assert pool.traffic.bytes_to_device(12) == (2 * 30 + 12) * row_bytes
@@ -90,16 +152,15 @@ def test_bytes_over_the_link():
 @every_transfer
 def test_deep_copy(transfer: Transfer):
     """A copy holds the same rows and counts, and shares nothing with the original."""
-    store, keys, _ = filled(transfer)
+    store, expected = filled(transfer)
     store.recall(torch.zeros(3, 2, 1, dtype=torch.int64), *slots(1))
     twin = copy.deepcopy(store)
     written = store.traffic.rows_written
-    other = torch.zeros(2, NUM_ROWS, 4, dtype=torch.float64)
-    store.write(0, 0, other, torch.zeros(2, NUM_ROWS, 5, dtype=torch.float64))
+    write(store, 0, 0, torch.zeros(2, NUM_ROWS, 9, dtype=torch.float64))
     store.recall(torch.zeros(3, 2, 1, dtype=torch.int64), *slots(1))
     store.grow(NUM_ROWS + 5)
 
-    assert twin.num_rows == NUM_ROWS and torch.equal(twin.read(0, NUM_ROWS)[0], keys[0])
+    assert twin.num_rows == NUM_ROWS and torch.equal(twin.read(0, NUM_ROWS), expected[0])
     assert twin.traffic.rows_written == written < store.traffic.rows_written
     assert type(twin) is type(store)
 

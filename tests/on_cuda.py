@@ -1,0 +1,40 @@
+"""What the tests on a CUDA device share."""
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import kvframe
+from kvframe.registry import default_registry
+
+PROMPT, STEPS = 90, 40
+
+
+def padded_prompt() -> dict[str, Tensor]:
+    """Two rows, the second with left padding."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 256, (2, PROMPT), device="cuda")
+    mask = torch.ones_like(ids)
+    ids[1, :23], mask[1, :23] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: LlamaForCausalLM, **options: object) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a greedy run."""
+    out = model.generate(
+        **padded_prompt(),
+        do_sample=False,
+        max_new_tokens=STEPS,
+        min_new_tokens=STEPS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+def small(name: str, token_budget: int) -> kvframe.Policy:
+    """A policy with sizes that fit a short text."""
+    options = {"token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "dense_layers": ()}
+    known = {field.name for field in default_registry().policy_spec(name).config_cls.__attrs_attrs__}
+    return kvframe.policy(name, **{key: value for key, value in options.items() if key in known})
