@@ -41,6 +41,10 @@ class HostMemoryError(KvframeError, MemoryError):
     """The host cannot hold the KV of the asked context."""
 
 
+class DeviceMemoryError(KvframeError, MemoryError):
+    """The device cannot hold what a policy keeps there for the asked context."""
+
+
 class NonFiniteError(KvframeError, ArithmeticError):
     """Keys or values contain NaN or infinity."""
 

@@ -17,6 +17,7 @@ from kvframe.dense_layer import DenseLayer
 from kvframe.errors import (
     CacheMismatchError,
     ConfigError,
+    DeviceMemoryError,
     HostMemoryError,
     KvframeError,
     NotAttachedError,
@@ -37,9 +38,11 @@ from kvframe.hf.support import (
     stock_layers,
 )
 from kvframe.layer import LayerRuntime
-from kvframe.memory.available import available_host_memory
+from kvframe.memory.available import available_device_memory, available_host_memory
 from kvframe.memory.link import link_of
 from kvframe.memory.pinned import pinned_memory
+from kvframe.planner.memory import plan_memory
+from kvframe.planner.shape import ModelShape
 from kvframe.registry import Registry, default_registry
 from kvframe.report import Report, Timeline, make_report
 from kvframe.runtime import RetrievalLayer, host_bytes_needed
@@ -282,6 +285,8 @@ class RetrievalCache(Cache):
         """A forward pass has failed: as before it if nothing of it was taken in yet, otherwise empty."""
         for layer in self._managed:
             layer.drop_pending()
+        if self._is_recording:
+            return  # nothing has run
         # Stock layers in front have taken their tokens in, and cannot give them back.
         if self._next_place > 0 or self._managed[0].layer_idx > 0:
             self.release()
@@ -396,6 +401,7 @@ class RetrievalCache(Cache):
         runtimes = self._runtimes()
         layout = runtimes[0].layout if runtimes else evolve(self._expected, batch_size=batch_size)
         self._check_host_memory(layout, max_length)
+        self._check_device_memory(layout, max_length)
         self.max_length = max(self.max_length or 0, max_length)
         self.epoch += 1
         with outside_inference_mode():
@@ -419,6 +425,37 @@ class RetrievalCache(Cache):
                 f"the KV of {capacity} tokens x {layout.batch_size} sequences in {len(self._managed)} layers takes "
                 f"{needed / 2**30:.2f} GiB of host memory, {available / 2**30:.2f} GiB are available; use a shorter "
                 "context (max_new_tokens counts), a smaller batch, or more dense layers on a GPU"
+            )
+
+    def _check_device_memory(self, layout: LayerLayout, capacity: int) -> None:
+        """Raise DeviceMemoryError if a CUDA device cannot hold what the policy keeps there for `capacity` tokens a
+        sequence. What a prompt takes on its way is not counted: it depends on how the prompt is cut."""
+        if layout.device.type != "cuda" or self.execution != "offload":
+            return
+        shape = ModelShape(
+            num_layers=len(self.layers),
+            retrieval_layers=tuple(layer.layer_idx for layer in self._managed),
+            hidden_size=layout.num_qo_heads * layout.head_dim,
+            num_qo_heads=layout.num_qo_heads,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+            value_dim=layout.value_dim,
+            vocab_size=1,
+            dtype=layout.dtype,
+            num_parameters=1,
+        )
+        plan = plan_memory(
+            shape, self.policy, context=capacity, max_new_tokens=0, batch_size=layout.batch_size, chunk=capacity
+        )
+        needed = plan.dense_kv + plan.slots + plan.index + plan.pool_on_gpu
+        held = sum(runtime.device_bytes() + runtime.index_bytes() for runtime in self._runtimes())
+        available = available_device_memory(layout.device)
+        if needed > held + available:
+            raise DeviceMemoryError(
+                f"the policy keeps {needed / 2**30:.2f} GiB on the device for {capacity} tokens x {layout.batch_size} "
+                f"sequences ({plan.dense_kv / 2**30:.2f} GiB of it in dense layers), {available / 2**30:.2f} GiB are "
+                "available; use fewer dense layers, a smaller batch or budget, or a shorter context; `kvframe plan` "
+                "says what fits"
             )
 
     def _host_bytes(self, layer: RetrievalCacheLayer, layout: LayerLayout, capacity: int) -> int:

@@ -63,6 +63,7 @@ class CapturedSteps:
         self._model = model
         self._forward = forward
         self._body = body or forward
+        self._is_compiled = body is not None
         self._signature = signature(forward)
         self._recording: Recording | None = None
         self._warm: tuple[Any, ...] | None = None
@@ -146,6 +147,8 @@ class CapturedSteps:
 
     def _run_first(self, step: Step) -> Any:
         """A step taken as always, and watched: one that waits for the device cannot be recorded."""
+        if self._is_compiled:
+            return self._run(step)  # a compiler may wait as it likes
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")

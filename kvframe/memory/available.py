@@ -1,6 +1,8 @@
-"""How much host memory there is."""
+"""How much memory there is, on the host and on a device."""
 
 from pathlib import Path
+
+import torch
 
 
 def available_host_memory() -> int | None:
@@ -10,6 +12,15 @@ def available_host_memory() -> int | None:
     """
     limits = [limit for limit in (_meminfo(), _control_group()) if limit is not None]
     return min(limits, default=None)
+
+
+def available_device_memory(device: torch.device) -> int:
+    """Bytes that torch may still take on a CUDA device, within the process's own limit if it has one."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    fraction: float = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    limit = int(fraction * total) - reserved
+    return max(0, min(free, limit)) + reserved - allocated
 
 
 def _meminfo() -> int | None:

@@ -70,7 +70,7 @@ def test_no_host_sync(model: LlamaForCausalLM, name: str) -> None:
             for step in range(30):
                 # Recording a graph waits for the device, once.
                 records = capture and step == 1
-                torch.cuda.set_sync_debug_mode("default" if step == 0 or records else "error")
+                torch.cuda.set_sync_debug_mode("default" if records else "error")
                 try:
                     model(input_ids=ids, position_ids=positions + step, past_key_values=cache)
                 finally:
@@ -175,11 +175,15 @@ def test_a_recording_that_fails(model: LlamaForCausalLM) -> None:
     torch.randn(3, device="cuda")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores")
 def test_compiled(model: LlamaForCausalLM) -> None:
-    """With torch.compile the logits differ in rounding alone."""
-    policy = small("louiskv", 16)
-    expected, _ = decode(model, policy, 64, capture=False)
-    logits, report = decode(model, policy, 64, compile=True)
+    """With torch.compile the logits differ in rounding alone. Rounding can turn a selection, so everything is selected,
+    and in float32."""
+    exact = LlamaForCausalLM(model.config).cuda().eval()
+    exact.load_state_dict(model.state_dict())
+    policy = small("louiskv", 1000)
+    expected, _ = decode(exact, policy, 64, capture=False)
+    logits, report = decode(exact, policy, 64, compile=True)
     divergence = torch.nn.functional.kl_div(
         logits.float().log_softmax(-1), expected.float().log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)

@@ -15,7 +15,10 @@ from kvframe.memory.link import Link, Parcel, link_of
 from kvframe.memory.pinned import PinnedMemory, pinned_empty, pinned_memory
 from kvframe_kernels.gather_kv import gather_kv, store_token
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 
 NUM_HEADS, NUM_ROWS, WIDTH = 4, 32_768, 256
 NUM_LAYERS = 8

@@ -33,17 +33,15 @@ def _normalise_kernel(
     )
 
 
-# Nothing is known about `stride_sums_k`, so that neighbouring threads, not one thread, take neighbouring numbers of
-# a row of sums: a warp's additions then go to memory in whole lines.
-@triton.jit(do_not_specialize=["stride_sums_k"])
+@triton.jit
 def _assign_kernel(
-    points_ptr, centroids_ptr, sums_ptr, assignment_ptr, stride_sums_k, num_tokens, num_clusters, num_tiles, scale,
+    points_ptr, centroids_ptr, assignment_ptr, counts_ptr, ranks_ptr, num_tokens, num_clusters, num_tiles,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACCUMULATE: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    problem = program // num_tiles
-    tokens = (program % num_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+    program = tl.program_id(0)
+    problem = (program // num_tiles).to(tl.int64)
+    tokens = (program % num_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, WIDTH_PAD)
     inside = (tokens < num_tokens)[:, None] & (columns < WIDTH)[None, :]
     points_ptr += problem * num_tokens * WIDTH
@@ -70,38 +68,82 @@ def _assign_kernel(
     winner = tl.minimum(winner + clusters[None, :], num_clusters - 1)
     winner = tl.where(best == top[:, None], winner, num_clusters)
     assignment = tl.min(winner, 1)
-    tl.store(assignment_ptr + problem * num_tokens + tokens, assignment, mask=tokens < num_tokens)
+    offsets = problem * num_tokens + tokens
+    tl.store(assignment_ptr + offsets, assignment, mask=tokens < num_tokens)
 
-    if ACCUMULATE:
-        # Integers add up to the same sum in any order, so the same keys always give the same clusters; additions of
-        # floating-point numbers would not. The scale leaves room for all tokens in one cluster.
-        # The points come again, few columns at a time: they need no registers in the loop above.
-        targets_ptr = sums_ptr + (problem * num_clusters + assignment) * stride_sums_k
-        for left in range(0, WIDTH, BLOCK_D):
-            part = left + tl.arange(0, BLOCK_D)
-            inside_part = (tokens < num_tokens)[:, None] & (part < WIDTH)[None, :]
-            members = tl.load(points_ptr + tokens[:, None] * WIDTH + part[None, :], mask=inside_part, other=0.0)
-            fixed = tl.floor(members.to(tl.float32) * scale + 0.5).to(tl.int32)
-            tl.atomic_add(targets_ptr[:, None] + part[None, :], fixed, mask=inside_part, sem="relaxed")
+    if COUNT:
+        # The token's place among the members of its cluster. Which token comes first is not the same in every run,
+        # and need not be: the members are added up as integers.
+        counts_ptr += problem * num_clusters
+        rank = tl.atomic_add(counts_ptr + assignment, 1, mask=tokens < num_tokens, sem="relaxed")
+        tl.store(ranks_ptr + offsets, rank, mask=tokens < num_tokens)
+
+
+@triton.jit
+def _place_kernel(
+    assignment_ptr, ranks_ptr, counts_ptr, starts_ptr, members_ptr, num_tokens, num_clusters, num_tiles,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    problem = (program // num_tiles).to(tl.int64)
+    tokens = (program % num_tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < num_tokens
+    offset = problem * num_tokens
+    # Before the barrier, so that they arrive while the counts are summed.
+    assignment = tl.load(assignment_ptr + offset + tokens, mask=inside, other=0)
+    rank = tl.load(ranks_ptr + offset + tokens, mask=inside, other=0)
+
+    # All programs of a problem sum its counts and write the same numbers, so that none waits for another.
+    counts_ptr += problem * num_clusters
+    starts_ptr += problem * num_clusters
+    total = 0
+    for first in range(0, num_clusters, BLOCK_K):
+        clusters = first + tl.arange(0, BLOCK_K)
+        counts = tl.load(counts_ptr + clusters, mask=clusters < num_clusters, other=0)
+        tl.store(starts_ptr + clusters, total + tl.cumsum(counts, 0) - counts, mask=clusters < num_clusters)
+        total += tl.sum(counts, 0)
+    tl.debug_barrier()  # a thread reads what others of its program have written
+    start = tl.load(starts_ptr + assignment, mask=inside, other=0)
+    tl.store(members_ptr + offset + start + rank, tokens, mask=inside)
 
 
 @triton.jit
 def _update_kernel(
-    sums_ptr, centroids_ptr, num_rows, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    points_ptr, members_ptr, starts_ptr, counts_ptr, centroids_ptr, num_tokens, num_clusters, scale,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)  # a cluster of a problem
+    problem = (program // num_clusters).to(tl.int64)
+    start = tl.load(starts_ptr + program)
+    count = tl.load(counts_ptr + program)
+    points_ptr += problem * num_tokens * WIDTH
+    members_ptr += problem * num_tokens + start
+    slots = tl.arange(0, BLOCK_T)
     columns = tl.arange(0, WIDTH_PAD)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    offsets = rows[:, None] * WIDTH + columns[None, :]
-    # A direction: the scale of the sums does not matter.
-    sums = tl.load(sums_ptr + offsets, mask=inside, other=0).to(tl.float32)
-    length = tl.sqrt(tl.sum(sums * sums, 1))
-    centroids = sums / tl.maximum(length, 1.0)[:, None]
-    tl.store(
-        centroids_ptr + offsets, centroids.to(centroids_ptr.dtype.element_ty), mask=inside & (length > 0.0)[:, None]
-    )
-    tl.debug_barrier()  # every thread has read its sums before one clears them
-    tl.store(sums_ptr + offsets, tl.zeros([BLOCK_K, WIDTH_PAD], dtype=tl.int32), mask=inside)
+
+    # Integers add up to the same sum in any order, so the same keys always give the same clusters; additions of
+    # floating-point numbers would not. The scale leaves room for all tokens in one cluster.
+    # 1.5 * 2**23 more, a float32 has a whole number in its low bits: one addition rounds, where the instructions that
+    # convert are slow.
+    sums = tl.zeros([WIDTH_PAD], dtype=tl.int32)
+    tokens = tl.load(members_ptr + slots, mask=slots < count, other=0)
+    for first in range(0, count, BLOCK_T):
+        inside = (first + slots < count)[:, None] & (columns < WIDTH)[None, :]
+        offsets = tokens.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        points = tl.load(points_ptr + offsets, mask=inside, other=0.0)
+        # The next members' numbers come while these members' points do.
+        tokens = tl.load(members_ptr + first + BLOCK_T + slots, mask=first + BLOCK_T + slots < count, other=0)
+        fixed = (points.to(tl.float32) * scale + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        sums += tl.sum(fixed, 0)
+
+    # A direction: the scale of the sums does not matter. An empty cluster keeps its own.
+    direction = sums.to(tl.float32)
+    length = tl.sqrt(tl.sum(direction * direction, 0))
+    if length > 0.0:
+        centroid = (direction / tl.maximum(length, 1.0)).to(centroids_ptr.dtype.element_ty)
+        tl.store(centroids_ptr + program.to(tl.int64) * WIDTH + columns, centroid, mask=columns < WIDTH)
+    tl.debug_barrier()  # every thread has read the count before one clears it for the next iteration
+    tl.store(counts_ptr + program, 0)
 
 
 def kmeans_triton(
@@ -124,23 +166,35 @@ def kmeans_triton(
 
     seeds = torch.arange(num_clusters, device=keys.device) * num_tokens // num_clusters
     centroids = points[:, seeds].contiguous()
-    sums = torch.zeros(centroids.shape, dtype=torch.int32, device=keys.device)
     assignment = torch.empty(num_problems, num_tokens, dtype=torch.int32, device=keys.device)
+    ranks, members = torch.empty_like(assignment), torch.empty_like(assignment)
+    counts = torch.zeros(num_problems, num_clusters, dtype=torch.int32, device=keys.device)
+    starts = torch.empty_like(counts)
     # float32 does not go through the tensor cores: small tiles, or the registers run over.
     single = keys.dtype == torch.float32
     block, block_k = (64, 32) if single else (128, 64)
     num_tiles = triton.cdiv(num_tokens, block)
-    scale = 2.0 ** (30 - (num_tokens - 1).bit_length())
+    place_block = 512
+    num_place_tiles = triton.cdiv(num_tokens, place_block)
+    # Room for all tokens in one cluster, and for a point in the low 23 bits of a float32.
+    scale = 2.0 ** min(21, 30 - (num_tokens - 1).bit_length())
     for i in range(num_iterations + 1):
-        if i:
-            _update_kernel[(triton.cdiv(num_problems * num_clusters, 16),)](
-                sums, centroids, num_problems * num_clusters, WIDTH=width, WIDTH_PAD=width_pad, BLOCK_K=16, num_warps=4
-            )
         _assign_kernel[(num_problems * num_tiles,)](
-            points, centroids, sums, assignment, width, num_tokens, num_clusters, num_tiles, scale,
-            WIDTH=width, WIDTH_PAD=width_pad, BLOCK_T=block, BLOCK_K=block_k,
-            BLOCK_D=min(32, width_pad), ACCUMULATE=i < num_iterations,
+            points, centroids, assignment, counts, ranks, num_tokens, num_clusters, num_tiles,
+            WIDTH=width, WIDTH_PAD=width_pad, BLOCK_T=block, BLOCK_K=block_k, COUNT=i < num_iterations,
             num_warps=4 if single else 8, num_stages=2 if single else 3,
+        )  # fmt: skip
+        if i == num_iterations:
+            break
+        _place_kernel[(num_problems * num_place_tiles,)](
+            assignment, ranks, counts, starts, members, num_tokens, num_clusters, num_place_tiles,
+            BLOCK_T=place_block, BLOCK_K=512, num_warps=4,
+        )  # fmt: skip
+        # A warp for every 256 bytes of a row: clusters are small, and most of their programs wait for memory.
+        _update_kernel[(num_problems * num_clusters,)](
+            points, members, starts, counts, centroids, num_tokens, num_clusters, scale,
+            WIDTH=width, WIDTH_PAD=width_pad, BLOCK_T=32,
+            num_warps=max(1, width_pad * keys.element_size() // 256), num_stages=1,
         )  # fmt: skip
     return cut_into_units(assignment, num_clusters, max_cluster_size)
 

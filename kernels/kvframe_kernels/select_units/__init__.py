@@ -35,12 +35,16 @@ def select_units(
     due: bool [B, H]; where false the result may be anything. The kernels give the rows in their own order, not by
     score.
     """
-    reason = float_reason(scores) or (None if scores.shape[-1] else "there is no unit to select")
+    reason = float_reason(scores) or _size_reason(scores.shape[-1])
     if choose("select_units", scores, backend, reason, kernels=("triton",)) == "reference":
         return select_units_reference(scores, unit_offsets, token_budget)
     from kvframe_kernels.select_units.triton_kernel import select_units_triton
 
     return select_units_triton(scores, unit_offsets, token_budget, due)
+
+
+def _size_reason(num_units: int) -> str | None:
+    return None if 0 < num_units < 1 << 20 else f"kernels serve 1 to {1 << 20} units, not {num_units}"
 
 
 def exchange_resident(

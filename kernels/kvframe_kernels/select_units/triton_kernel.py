@@ -10,8 +10,9 @@ from torch import Tensor
 from kvframe_kernels.append_token.reference import RESIDENT, Slots
 from kvframe_kernels.select_units.reference import ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
 
-# Scores of so many units stay in a program's registers; those of more are read again in every step of the bisection.
-_MAX_TILE = 16384
+# Scores of so many units stay in a program's registers, and of half as many behind them; those of more are read again
+# in every step of the search.
+_MAX_TILE = 8192
 # Slots looked at together.
 _SLOT_TILE = 1024
 
@@ -35,10 +36,25 @@ def _keys_and_sizes(scores, offsets, units, num_units):
 
 
 @triton.jit
+def _above(keys, sizes, first, second, third):
+    """Tokens of each unit at or above three thresholds, in three fields of 21 bits."""
+    wide = sizes.to(tl.int64)
+    fields = tl.where(keys >= first.to(tl.int32), wide, 0)
+    fields += tl.where(keys >= second.to(tl.int32), wide << 21, 0)
+    return fields + tl.where(keys >= third.to(tl.int32), wide << 42, 0)
+
+
+@triton.jit
+def _later(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
 def _select_units_kernel(
-    scores, unit_offsets, due, rows, count,
+    scores, unit_offsets, due, rows, count, firsts,
     num_units, num_offsets, scores_head, budget,
-    HAS_DUE: tl.constexpr, TILE: tl.constexpr, NUM_TILES: tl.constexpr, FILL: tl.constexpr,
+    HAS_DUE: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr, NUM_TILES: tl.constexpr, PART: tl.constexpr,
+    FILL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     is_due = True
@@ -48,13 +64,23 @@ def _select_units_kernel(
         scores += head * scores_head
         offsets = unit_offsets + head * num_offsets
         rows += head * budget
+        firsts += head * budget
         lanes = tl.arange(0, TILE)
+        for begin in range(0, budget, FILL):
+            places = begin + tl.arange(0, FILL)
+            tl.store(firsts + places, tl.zeros((FILL,), dtype=tl.int32), mask=places < budget)
+        tl.debug_barrier()
 
         # The range of the scores, and whether there is any choice.
         keys, sizes = _keys_and_sizes(scores, offsets, lanes, num_units)
         total = tl.sum(sizes, 0)
         high = tl.max(tl.where(sizes > 0, keys, -2147483648), 0)
         low = tl.min(tl.where(sizes > 0, keys, 2147483647), 0)
+        if REST > 0:
+            rest_keys, rest_sizes = _keys_and_sizes(scores, offsets, TILE + tl.arange(0, REST), num_units)
+            total += tl.sum(rest_sizes, 0)
+            high = tl.maximum(high, tl.max(tl.where(rest_sizes > 0, rest_keys, -2147483648), 0))
+            low = tl.minimum(low, tl.min(tl.where(rest_sizes > 0, rest_keys, 2147483647), 0))
         for tile in range(1, NUM_TILES):
             keys, sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
             total += tl.sum(sizes, 0)
@@ -63,52 +89,73 @@ def _select_units_kernel(
         if NUM_TILES > 1:
             keys, sizes = _keys_and_sizes(scores, offsets, lanes, num_units)
 
-        # The highest score such that the units at or above it fill the budget, by bisection: no sort.
+        # The highest score such that the units at or above it fill the budget. No sort: the range is cut into four
+        # again and again, and one sum of three fields of 21 bits says in which quarter the score lies.
         high = high.to(tl.int64)
         low = low.to(tl.int64)
         if total <= budget:
             high = low
         while low < high:
-            middle = low + (high - low + 1) // 2
-            threshold = middle.to(tl.int32)
-            above = tl.sum(tl.where(keys >= threshold, sizes, 0), 0)
+            span = high - low
+            first = low + (span + 3) // 4
+            second = low + (span + 1) // 2
+            third = low + (3 * span + 3) // 4
+            above = tl.sum(_above(keys, sizes, first, second, third), 0)
+            if REST > 0:
+                above += tl.sum(_above(rest_keys, rest_sizes, first, second, third), 0)
             for tile in range(1, NUM_TILES):
                 more_keys, more_sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
-                above += tl.sum(tl.where(more_keys >= threshold, more_sizes, 0), 0)
-            if above >= budget:
-                low = middle
+                above += tl.sum(_above(more_keys, more_sizes, first, second, third), 0)
+            if (above >> 42) >= budget:
+                low = third
+            elif ((above >> 21) & 0x1FFFFF) >= budget:
+                low = second
+                high = third - 1
+            elif (above & 0x1FFFFF) >= budget:
+                low = first
+                high = second - 1
             else:
-                high = middle - 1
+                high = first - 1
 
         # Units above it are taken whole, those at it in their order until the budget is filled.
         last = low.to(tl.int32)
         whole = tl.sum(tl.where(keys > last, sizes, 0), 0)
+        if REST > 0:
+            whole += tl.sum(tl.where(rest_keys > last, rest_sizes, 0), 0)
         for tile in range(1, NUM_TILES):
             more_keys, more_sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
             whole += tl.sum(tl.where(more_keys > last, more_sizes, 0), 0)
         room = budget - whole
         tied_before = tl.zeros((), dtype=tl.int32)
         taken_before = tl.zeros((), dtype=tl.int32)
-        for tile in range(NUM_TILES):
-            if NUM_TILES > 1:
-                keys, sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
-            tied = tl.where(keys == last, sizes, 0)
+        # Read again in smaller parts: what this takes in registers is several times the scores.
+        for part in range(0, num_units, PART):
+            units = part + tl.arange(0, PART)
+            part_keys, part_sizes = _keys_and_sizes(scores, offsets, units, num_units)
+            tied = tl.where(part_keys == last, part_sizes, 0)
             tied_sum = tl.cumsum(tied, 0)
             left = tl.maximum(room - (tied_before + tied_sum - tied), 0)
-            taken = tl.where(keys > last, sizes, tl.minimum(tied, left))
+            taken = tl.where(part_keys > last, part_sizes, tl.minimum(tied, left))
             taken_sum = tl.cumsum(taken, 0)
             place = taken_before + taken_sum - taken
-            units = tile * TILE + lanes
             starts = tl.load(offsets + units, mask=taken > 0, other=0)
-            for step in range(tl.max(taken, 0)):
-                tl.store(rows + place + step, starts + step, mask=step < taken)
+            # Only the first row of each unit, and where it stands.
+            tl.store(rows + place, starts, mask=taken > 0)
+            tl.store(firsts + place, place, mask=taken > 0)
             tied_before += tl.sum(tied, 0)
             taken_before += tl.sum(taken, 0)
         tl.store(count + head, taken_before.to(tl.int64))
-        for first in range(0, budget, FILL):
-            empty = first + tl.arange(0, FILL)
-            nothing = tl.full((FILL,), -1, dtype=tl.int64)
-            tl.store(rows + empty, nothing, mask=(empty >= taken_before) & (empty < budget))
+        tl.debug_barrier()
+        # The other rows of a unit follow its first: the latest place up to theirs where a unit begins says which.
+        latest = tl.zeros((), dtype=tl.int32)
+        for begin in range(0, budget, FILL):
+            places = begin + tl.arange(0, FILL)
+            marked = tl.load(firsts + places, mask=places < taken_before, other=0)
+            origin = tl.maximum(tl.associative_scan(marked, 0, _later), latest)
+            latest = tl.max(origin, 0)
+            # Writing does not disturb it: the first row of a unit stays what it is.
+            row = tl.load(rows + origin, mask=places < taken_before, other=0) + places - origin
+            tl.store(rows + places, tl.where(places < taken_before, row, -1), mask=places < budget)
 
 
 def select_units_triton(
@@ -119,13 +166,18 @@ def select_units_triton(
     batch_size, num_kv_heads, num_units = scores.shape
     rows = torch.empty(batch_size, num_kv_heads, token_budget, dtype=torch.int64, device=scores.device)
     count = torch.empty(batch_size, num_kv_heads, dtype=torch.int64, device=scores.device)
+    firsts = torch.empty(batch_size, num_kv_heads, token_budget, dtype=torch.int32, device=scores.device)
     tile = min(_MAX_TILE, triton.next_power_of_2(num_units))
+    num_tiles, rest = triton.cdiv(num_units, tile), 0
+    if tile < num_units <= tile + tile // 2:
+        num_tiles, rest = 1, triton.next_power_of_2(num_units - tile)
     _select_units_kernel[(batch_size * num_kv_heads,)](
-        scores, unit_offsets, count if due is None else due.contiguous(), rows, count,
+        scores, unit_offsets, count if due is None else due.contiguous(), rows, count, firsts,
         num_units, unit_offsets.shape[-1], num_units, token_budget,
-        HAS_DUE=due is not None, TILE=tile, NUM_TILES=triton.cdiv(num_units, tile),
+        HAS_DUE=due is not None, TILE=tile, REST=rest, NUM_TILES=num_tiles,
+        PART=min(tile, 4096),
         FILL=min(1024, triton.next_power_of_2(token_budget)),
-        num_warps=min(32, max(4, tile // 512)),
+        num_warps=min(32, max(4, tile // 1024)),
     )  # fmt: skip
     return rows, count
 

@@ -10,6 +10,8 @@ from torch import Tensor
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
+_NUM_WARPS, _NUM_STAGES = 4, 3
+
 
 @triton.jit
 def _count_tiles(lengths, batch, num_slots, TILE: tl.constexpr):
@@ -203,7 +205,7 @@ def slot_attention_triton(
         num_slots, num_splits, num_kv_heads,
         GROUP_SIZE=group_size, HEADS=heads,
         WIDTH=width, WIDTH_PAD=width_pad, VALUE=value, VALUE_PAD=value_pad, TILE=tile,
-        num_warps=4, num_stages=3,
+        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
     )  # fmt: skip
     _merge_kernel[(rows,)](
         parts, tops, sums, lengths, extra_out, extra_lse, out, lse,
