@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from kvframe.stages import UnitBuilder
@@ -46,18 +46,36 @@ class ClusterUnits(UnitBuilder):
         return self.cluster_size
 
     def build(self, keys: Tensor) -> Units:
-        orders, sizes, counts = [], [], []
-        for start in range(0, keys.shape[1], self.block_size):
-            block = keys[:, start : start + self.block_size]
-            num_clusters = max(1, block.shape[1] // self.cluster_size)
-            order, size, count = kmeans(block, num_clusters, self.num_iterations, self.split_factor * self.cluster_size)
-            orders.append(order + start)
-            sizes.append(size)
-            counts.append(count)
-        order = torch.cat(orders, 1)
-        if len(sizes) == 1:
-            return Units(order=order, sizes=sizes[0], num_units=counts[0])
-        return Units(order=order, sizes=_pack(torch.cat(sizes, 1)), num_units=torch.stack(counts).sum(0))
+        num_heads, num_tokens, width = keys.shape
+        num_full = num_tokens // self.block_size
+        stop = num_full * self.block_size
+        parts = []
+        if num_full:
+            # All whole blocks side by side: each is a problem of its own, and many small ones keep a device busy.
+            blocks = keys[:, :stop].reshape(num_heads * num_full, self.block_size, width)
+            parts.append(self._cluster(blocks, num_heads))
+        if stop < num_tokens:
+            parts.append(self._cluster(keys[:, stop:], num_heads))
+        if len(parts) == 2:
+            parts[1] = evolve(parts[1], order=parts[1].order + stop)
+        order = torch.cat([units.order for units in parts], 1)
+        sizes = torch.cat([units.sizes for units in parts], 1)
+        if num_full + len(parts) > 2:
+            sizes = _pack(sizes)
+        return Units(order=order, sizes=sizes, num_units=torch.stack([units.num_units for units in parts]).sum(0))
+
+    def _cluster(self, blocks: Tensor, num_heads: int) -> Units:
+        """Units of blocks [num_heads * n, T, D]; those of a head one behind the other, with gaps between the blocks."""
+        num_tokens = blocks.shape[1]
+        num_clusters = max(1, num_tokens // self.cluster_size)
+        order, sizes, num_units = kmeans(
+            blocks, num_clusters, self.num_iterations, self.split_factor * self.cluster_size
+        )
+        starts = torch.arange(blocks.shape[0] // num_heads, device=order.device) * num_tokens
+        order = order.view(num_heads, -1, num_tokens) + starts[:, None]
+        return Units(
+            order=order.flatten(1), sizes=sizes.view(num_heads, -1), num_units=num_units.view(num_heads, -1).sum(1)
+        )
 
     def init(self, layout: LayerLayout) -> None:
         return None

@@ -1,6 +1,7 @@
 """`kvframe bench decode`: a decode step of several policies and caches, side by side in one process."""
 
 import gc
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -94,6 +95,8 @@ def run_decode(benchmark: DecodeBenchmark, device: torch.device, progress: Progr
                 rows.append(_measure_policy(benchmark, contender, attended, model, device))
                 if not matched and contender.name.startswith("louiskv"):
                     attended, matched = round(rows[-1]["attended_tokens"]), True
+            # Said at once: a run that is broken off has not measured in vain.
+            progress(f"{contender.label}: {rows[-1]['mean_ms'] or math.nan:.3f} ms a step")
             _free(device)
     floor_ms = None if bandwidth is None else 1e3 * weights / bandwidth
     return Outcome(

@@ -321,12 +321,11 @@ def _unit_mean(sizes: KernelSizes) -> list[Case]:
 def _kmeans(sizes: KernelSizes) -> list[Case]:
     cases = []
     for num_tokens in sizes.prompts:
-        keys = sizes.random(sizes.num_kv_heads, num_tokens, sizes.head_dim)
+        block = min(sizes.block_size, num_tokens)
+        keys = sizes.random(sizes.num_kv_heads * (num_tokens // block), block, sizes.head_dim)
 
-        def call(keys: Tensor = keys) -> None:
-            for start in range(0, keys.shape[1], sizes.block_size):
-                block = keys[:, start : start + sizes.block_size]
-                kmeans(block, max(1, block.shape[1] // sizes.unit_size), sizes.num_iterations, 4 * sizes.unit_size)
+        def call(keys: Tensor = keys, block: int = block) -> None:
+            kmeans(keys, max(1, block // sizes.unit_size), sizes.num_iterations, 4 * sizes.unit_size)
 
         state = f"{num_tokens:,} tokens in blocks of {sizes.block_size:,}, {sizes.num_iterations} iterations"
         passes = sizes.num_iterations + 1

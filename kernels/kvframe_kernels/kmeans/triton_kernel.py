@@ -123,8 +123,7 @@ def _update_kernel(
 
     # Integers add up to the same sum in any order, so the same keys always give the same clusters; additions of
     # floating-point numbers would not. The scale leaves room for all tokens in one cluster.
-    # 1.5 * 2**23 more, a float32 has a whole number in its low bits: one addition rounds, where the instructions that
-    # convert are slow.
+    # Adding 1.5 * 2**23 leaves the rounded number in the low bits of a float32; instructions that convert are slow.
     sums = tl.zeros([WIDTH_PAD], dtype=tl.int32)
     tokens = tl.load(members_ptr + slots, mask=slots < count, other=0)
     for first in range(0, count, BLOCK_T):

@@ -96,6 +96,18 @@ def test_half_precision(device: torch.device, num_tokens: int, num_clusters: int
     assert all(torch.equal(one, other) for one, other in zip(clusters, again, strict=True))
 
 
+def test_many_clusters(device: torch.device) -> None:
+    """More clusters and tokens than one tile of the counting sort holds."""
+    keys = make_keys((1, 1100, 16), 700, 0.1, 0).to(device)
+    clusters = kmeans(keys, 530, 1, 1000, backend="triton")
+    again = kmeans(keys, 530, 1, 1000, backend="triton")
+    expected = kmeans(keys, 530, 1, 1000, backend="reference")
+
+    check_units(clusters, 1100, 530, 1000)
+    assert objective(keys, clusters) == pytest.approx(objective(keys, expected), rel=1e-4)
+    assert all(torch.equal(one, other) for one, other in zip(clusters, again, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_ties_go_to_the_lowest_cluster(device: torch.device, dtype: torch.dtype) -> None:
     """Of equal seeds, in one tile or in several, the first wins all tokens; so it is where all keys are equal."""
