@@ -35,7 +35,12 @@ class Run:
     def new_cache(self, max_length: int | None = None) -> RetrievalCache:
         """A fresh cache; pass it as `past_key_values` where several calls share one."""
         self._cache = self._make_cache(max_length)
+        self._forget_recording()
         return self._cache
+
+    def _forget_recording(self) -> None:
+        if self.steps is not None:
+            self.steps.forget()
 
     def check(self) -> None:
         """Raise whatever `new_cache` would."""
@@ -62,7 +67,9 @@ class Run:
         call = read_call(self.model, args, kwargs)
         cache = call.cache if call.cache is not None else self._make_cache(call.max_length)
         with cache.one_call(call.prompt_end, call.max_length, call.batch_size):
-            self._cache = cache
+            if cache is not self._cache:
+                self._forget_recording()
+            self._cache = cache  # what the one before held is free before this one allocates
             try:
                 return original(**call.arguments, past_key_values=cache)
             finally:

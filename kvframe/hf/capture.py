@@ -70,10 +70,15 @@ class CapturedSteps:
         self._pool: Any = None
         self._is_open = True
 
+    def forget(self) -> None:
+        """Another cache comes: let go of the one that was recorded, whose memory the other may need."""
+        self._recording = self._warm = None
+
     def close(self) -> None:
         """The run is over: give the graph's memory back."""
         self._is_open = False
-        self._recording = self._pool = None
+        self.forget()
+        self._pool = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass. Raises NotAttachedError after `close`."""

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvframe
 from kvframe import Policy
-from kvframe.errors import ConfigError, NotAttachedError
+from kvframe.errors import NotAttachedError
 from kvframe.registry import default_registry
 
 pytestmark = [
@@ -190,15 +190,3 @@ def test_compiled(model: LlamaForCausalLM) -> None:
 
     assert report.captured
     assert float(divergence.mean()) < 1e-3
-
-
-def test_where_there_can_be_none() -> None:
-    """On a CPU capture=True is refused."""
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    with (
-        pytest.raises(ConfigError, match="CUDA device"),
-        kvframe.attach(LlamaForCausalLM(config), small("louiskv", 16), capture=True),
-    ):
-        pass
