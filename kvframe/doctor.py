@@ -1,6 +1,5 @@
 """What this machine offers, and what kvframe makes of it."""
 
-import pkgutil
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +33,7 @@ def examine() -> dict[str, Any]:
             "control_group": _control_group(Path("/sys/fs/cgroup")),
         },
         "plugins": plugins,
-        "kernels": _kernels(plugins),
+        "kernels": _kernels(plugins, on_cuda=torch.cuda.is_available()),
     }
 
 
@@ -103,17 +102,29 @@ def _read(path: Path) -> list[str]:
         return []
 
 
-def _kernels(plugins: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """For every operation, which implementation runs and why."""
+def _kernels(plugins: list[dict[str, Any]], *, on_cuda: bool) -> dict[str, dict[str, str]]:
+    """For every operation, which implementation `backend="auto"` runs here, and why."""
     import kvframe_kernels
+    from kvframe_kernels.dispatch import missing
 
-    ops = sorted(module.name for module in pkgutil.iter_modules(kvframe_kernels.__path__) if module.ispkg)
-    found = {
-        op: {"backend": "reference", "reason": "plain torch, on every device; there is no kernel of its own"}
-        for op in ops
-    }
-    reason = "torch's fused attention; the reference where its log-sum-exp is asked for"
+    found = {}
+    for folder in Path(kvframe_kernels.__path__[0]).iterdir():
+        if not (folder / "reference.py").is_file():
+            continue
+        own = [kind for kind in ("cuda", "triton") if (folder / f"{kind}_kernel.py").is_file()]
+        lacks = {kind: reason for kind in own if (reason := missing(kind)) is not None}
+        if not on_cuda:
+            how = "reference", "plain torch; there is no CUDA device"
+        elif len(lacks) == len(own):
+            how = "reference", "; ".join(lacks.values()) or "there is no kernel of its own"
+        else:
+            kind = next(kind for kind in own if kind not in lacks)
+            how = kind, "its kernel; plain torch for shapes and dtypes that it does not serve"
+        found[folder.name] = {"backend": how[0], "reason": how[1]}
+    if not on_cuda:
+        reason = "torch's fused attention; the reference where its log-sum-exp is asked for"
+        found["slot_attention"] = {"backend": "sdpa", "reason": reason}
     rivals = [plugin["name"] for plugin in plugins if "kvframe_attention_backend" in plugin["hooks"]]
     if rivals:
-        reason += f"; asked before, layer by layer: {', '.join(rivals)}"
-    return found | {"slot_attention": {"backend": "sdpa", "reason": reason}}
+        found["slot_attention"]["reason"] += f"; asked before, layer by layer: {', '.join(rivals)}"
+    return dict(sorted(found.items()))

@@ -36,16 +36,16 @@ def choose(op: str, tensor: Tensor, backend: Backend, reason: str | None, *, ker
     if backend == "reference" or (backend == "auto" and on_cpu):
         return "reference"
     if backend == "auto":
-        reason = reason or _missing(kernels[-1])
+        reason = reason or missing(kernels[-1])
         if reason is not None:
             _warn_once(op, reason)
             return "reference"
-        return next(kernel for kernel in kernels if _missing(kernel) is None)
+        return next(kernel for kernel in kernels if missing(kernel) is None)
     if backend not in kernels:
         raise KernelError(f"{op} has no {backend!r} kernel; expected one of: auto, reference, {', '.join(kernels)}")
     if on_cpu and not (backend == "triton" and is_interpreted()):
         reason = "its tensors lie on the CPU; move them to a CUDA device, or set TRITON_INTERPRET=1 before the import"
-    reason = reason or _missing(backend)
+    reason = reason or missing(backend)
     if reason is not None:
         raise KernelError(f"{op} cannot run its {backend!r} kernel: {reason}")
     return backend
@@ -57,7 +57,7 @@ def is_interpreted() -> bool:
 
 
 @functools.cache
-def _missing(kernel: str) -> str | None:
+def missing(kernel: str) -> str | None:
     """Why no kernel of a kind can run here."""
     module = "triton" if kernel == "triton" else "cuda.core"
     try:

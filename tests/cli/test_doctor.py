@@ -104,3 +104,20 @@ def test_control_group(memory: str | None, cpus: str | None, expected: dict[str,
             (tmp_path / name).write_text(text)
 
     assert doctor._control_group(tmp_path) == expected
+
+
+@pytest.mark.parametrize("lacking, gather, others", [((), "cuda", "triton"), (("cuda",), "triton", "triton")])
+def test_kernels_on_a_device(
+    lacking: tuple[str, ...], gather: str, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest kernel that each operation has and that can be loaded; without any, plain torch and why."""
+    from kvframe_kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "missing", lambda kind: f"{kind} is not installed" if kind in lacking else None)
+    found = doctor._kernels([], on_cuda=True)
+
+    assert found.keys() == OPS
+    assert {how["backend"] for op, how in found.items() if op != "gather_kv"} == {others}
+    assert found["gather_kv"]["backend"] == gather
+    monkeypatch.setattr(dispatch, "missing", lambda kind: f"{kind} is not installed")
+    assert all(how["backend"] == "reference" for how in doctor._kernels([], on_cuda=True).values())

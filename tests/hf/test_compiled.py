@@ -1,4 +1,4 @@
-"""A decode step through torch.compile, and what is refused of capturing; the CUDA graph itself is tested on a device."""
+"""A decode step through torch.compile, and what is refused of capturing; CUDA graphs are tested on a device."""
 
 import pytest
 import torch
