@@ -177,7 +177,10 @@ class RetrievalCache(Cache):
             )
         if layer.place == 0 and not self._is_recording:
             self._is_decode = self.num_prompt_tokens(layer.get_seq_length(), num_new) == 0
-            self.step_begins() if self._is_decode else self._prompt_begins()
+            if self._is_decode:
+                self.step_begins()
+            else:
+                self._prompt_begins()
             if not self._is_decode or num_new > 1:
                 self.epoch += 1
 
