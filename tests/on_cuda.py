@@ -2,12 +2,30 @@
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvframe
 from kvframe.registry import default_registry
 
 PROMPT, STEPS = 90, 40
+
+
+def tiny_model(hidden_size: int) -> LlamaForCausalLM:
+    """A tiny random model in float32, eight query heads over two KV heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def padded_prompt() -> dict[str, Tensor]:

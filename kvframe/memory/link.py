@@ -148,9 +148,7 @@ class Link:
     def release(self) -> None:
         """Free the buffers, once all is done; they come back when they are needed. Tensors handed out end here."""
         self.drain()
-        self._fetched = None
-        for buffer in (*self._staging, *self._receiving):
-            buffer.free()
+        self.free_buffers()
 
 
 class _Buffer:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from on_cuda import PROMPT, generate, padded_prompt, small
+from on_cuda import PROMPT, generate, padded_prompt, small, tiny_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import kvframe
 from kvframe import Policy
@@ -24,20 +24,7 @@ POLICIES = [record.name for record in default_registry().policies()]
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """A tiny random model in bfloat16."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    return tiny_model(256).to("cuda", torch.bfloat16)
 
 
 def decode(model: Any, policy: Policy, num_steps: int, **options: Any) -> tuple[Tensor, Any]:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from on_cuda import generate, small
-from transformers import LlamaConfig, LlamaForCausalLM
+from on_cuda import generate, small, tiny_model
+from transformers import LlamaForCausalLM
 
 import kvframe
 from kvframe.errors import NonFiniteError
@@ -18,20 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """A tiny random model on the device."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).cuda().eval()
+    return tiny_model(128).cuda()
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 32}], ids=["one-shot", "chunked"])
