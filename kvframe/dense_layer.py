@@ -25,7 +25,10 @@ class DenseLayer(LayerRuntime):
     """
 
     def __init__(
-        self, layout: LayerLayout, capacity: int, publish: Callable[[Tensor, Tensor, Tensor, LayerLayout], Any] | None = None
+        self,
+        layout: LayerLayout,
+        capacity: int,
+        publish: Callable[[Tensor, Tensor, Tensor, LayerLayout], Any] | None = None,
     ) -> None:
         super().__init__(layout)
         self._publish = publish

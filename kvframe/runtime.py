@@ -390,9 +390,7 @@ class RetrievalLayer(LayerRuntime):
         if self._index is not None:
             self._index.reserve(num_units)
 
-    def _append(
-        self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]
-    ) -> tuple[StepInputs, Decision]:
+    def _append(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> tuple[StepInputs, Decision]:
         """Trigger, ledger and memory for one token of every sequence, the last of `lengths`; says who selects, and with
         which query."""
         inputs = StepInputs(
@@ -501,8 +499,9 @@ class RetrievalLayer(LayerRuntime):
         """Forget everything but the first tokens of each sequence, which are taken in again as a prompt."""
         if self._survivors is not None:
             raise UnsupportedCallError(
-                f"{type(self.policy.transfer).__name__} has dropped tokens, so the cache cannot go back to {min(lengths)} "
-                "tokens; start again from the prompt (reset), or use a transfer that keeps everything, such as HostPool"
+                f"{type(self.policy.transfer).__name__} has dropped tokens, so the cache cannot go back to "
+                f"{min(lengths)} tokens; start again from the prompt (reset), or use a transfer that keeps everything, "
+                "such as HostPool"
             )
         longest = max(lengths)
         keys, values = self.layout.zeros(longest)

@@ -90,7 +90,9 @@ class RowIndex:
             tensor = self.tensors[name]
             column = torch.where(inside, rows, tensor.shape[2] - 1)
             column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))
-            tensor.scatter_(2, column.expand(*column.shape[:3], *tensor.shape[3:]), entry.view(*heads, *entry.shape[1:]))
+            tensor.scatter_(
+                2, column.expand(*column.shape[:3], *tensor.shape[3:]), entry.view(*heads, *entry.shape[1:])
+            )
 
     def nbytes(self) -> int:
         """Device memory held."""

@@ -131,9 +131,7 @@ def _layer_index_bytes(shape: ModelShape, policy: Policy, num_rows: int, num_uni
     row = RowIndex(layout, policy.selector, 0).nbytes()
     noted = policy.scorer.num_notes * torch.float32.itemsize + policy.transfer.drops * torch.bool.itemsize
     return (
-        num_heads * (counters + boundaries + marks + num_rows * noted)
-        + (num_units + 1) * column
-        + (num_rows + 1) * row
+        num_heads * (counters + boundaries + marks + num_rows * noted) + (num_units + 1) * column + (num_rows + 1) * row
     )
 
 

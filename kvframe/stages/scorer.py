@@ -50,26 +50,24 @@ class Scorer(Stage):
         """Running state of one layer."""
         return None
 
-    def begin(self, query: Tensor, state: Any) -> None:  # noqa: B027, most have nothing to do
+    def begin(self, query: Tensor, state: Any) -> None:
         """The prompt, or the next turn's text, has been read; `query` [B, Hq, D] is that of its last token."""
 
     def probe(self, inputs: StepInputs, state: Any) -> Tensor:
         """The query that units are scored with, [B, Hq, D]; called once for every generated token, due or not."""
         return inputs.query
 
-    def observe_prompt(self, prompt: PromptInputs, state: Any) -> None:  # noqa: B027, see `reads_prompt`
+    def observe_prompt(self, prompt: PromptInputs, state: Any) -> None:
         """Tokens of a prompt attend in full: write notes, or remember queries."""
 
-    def observe(self, inputs: StepInputs, weights: Tensor, state: Any) -> None:  # noqa: B027, see `reads_attention`
+    def observe(self, inputs: StepInputs, weights: Tensor, state: Any) -> None:
         """A step has attended: write notes, in place.
 
         weights: [B, H, G, R] in at least float32, what each row got from each query head of a group; they sum to 1 over
         the attended rows and are 0 elsewhere. Proposed tokens are not observed.
         """
 
-    def publish(  # noqa: B027, see `sources`
-        self, query: Tensor, keys: Tensor, lengths: Tensor, layout: LayerLayout, board: Board
-    ) -> None:
+    def publish(self, query: Tensor, keys: Tensor, lengths: Tensor, layout: LayerLayout, board: Board) -> None:
         """A dense layer of `sources` generates: enter something under its `layout.layer_idx` into the board.
 
         query: [B, Hq, D]; keys: [B, H, L, D] by position, of which the first `lengths` [B] exist, the new token's
