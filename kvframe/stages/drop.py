@@ -21,9 +21,7 @@ class Drop(Transfer):
     name: ClassVar[str] = "drop"
     capturable: ClassVar[bool] = True
     drops: ClassVar[bool] = True
-    waives: ClassVar[frozenset[Invariant]] = frozenset(
-        {Invariant.NO_TOKEN_LOST, Invariant.EXACT_BUDGET, Invariant.UNITS_DISJOINT}
-    )
+    waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.NO_TOKEN_LOST, Invariant.EXACT_BUDGET})
 
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
         return DropStore(layout, num_rows)
