@@ -6,6 +6,7 @@ from kvframe.hookspecs import API_VERSION, StageSpec, hookimpl
 from kvframe.stages import (
     DecoupledUnits,
     Drop,
+    EstimateRest,
     EveryStep,
     FixedStride,
     HostPool,
@@ -14,9 +15,12 @@ from kvframe.stages import (
     Never,
     Once,
     PageUnits,
+    QuantizedHostPool,
     SelectNothing,
+    SketchRerank,
     TokenUnits,
     TopBudget,
+    TopBytes,
 )
 
 KVFRAME_API_VERSION = API_VERSION
@@ -35,8 +39,12 @@ def kvframe_stages() -> Iterable[StageSpec]:
         DecoupledUnits,
         MeanKey,
         TopBudget,
+        TopBytes,
+        SketchRerank,
+        EstimateRest,
         SelectNothing,
         HostPool,
+        QuantizedHostPool,
         KeepOnDevice,
         Drop,
     )
