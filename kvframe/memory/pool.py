@@ -44,6 +44,9 @@ class RowStore(ABC):
     """
 
     traffic: Traffic
+    is_partial: bool = False
+    """Whether it holds some rows only; `read` leaves the others as they are, and whoever reads finds them in the
+    slots."""
 
     @property
     @abstractmethod
@@ -66,6 +69,14 @@ class RowStore(ABC):
         May return before they have arrived. Other prompt methods find them; `append`, `recall` and whoever looks at the
         host's memory do so after `finish_writes`.
         """
+
+    def write_recent(self, batch: int, start: int, rows: Tensor) -> None:
+        """The same for sinks and for the end of a prompt, which stay on the device and may be written again."""
+        self.write(batch, start, rows)
+
+    def step_is_over(self) -> None:  # noqa: B027, a store that keeps everything has nothing to do
+        """A decode step has attended; whatever it neither attended to nor holds in the window is not asked for again by
+        a policy whose transfer `drops`."""
 
     def finish_writes(self) -> None:  # noqa: B027, a store that writes at once has nothing to do
         """The prompt is over: let the steps of decoding that follow find what was written. The host does not wait."""
