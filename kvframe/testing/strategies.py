@@ -31,6 +31,7 @@ _FEW = st.integers(1, 4)
 _OPTIONS: dict[str, SearchStrategy[Any]] = {
     "block_size": st.integers(5, 40),
     "cluster_size": _FEW,
+    "dense_layers": st.sampled_from([(), (0,), (1,)]),
     "max_segment": st.integers(1, 6),
     "min_segment": _FEW,
     "num_iterations": st.integers(0, 3),
