@@ -17,6 +17,8 @@ class Traits:
 
     stages: dict[str, tuple[str, ...]]
     """By slot: the stage's name, and behind it the names of those it is made of."""
+    is_dense: bool
+    """Whether every layer keeps its whole KV on the device."""
     retrieves: bool
     """Whether tokens that have left the window can come back while decoding."""
     loses: Loses
@@ -37,6 +39,7 @@ def traits_of(policy: Policy) -> Traits:
     retrieves = not is_dense and policy.selector.capacity > 0
     return Traits(
         stages={slot: tuple(stage.name for stage in parts[slot]) for slot in SLOTS},
+        is_dense=is_dense,
         retrieves=retrieves,
         loses="nothing" if is_dense else policy.transfer.loses,
         moves="missing rows" if retrieves and policy.transfer.crosses_link else "nothing",

@@ -4,17 +4,17 @@ from collections.abc import Iterable
 
 from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe_baselines import arkvale, clusterkv, full, oracle_topk, quest, streamingllm, window
-from kvframe_baselines.stages import BoxBound
+from kvframe_baselines.stages import BoundingBox
 
 KVFRAME_API_VERSION = 1
 
-__all__ = ["BoxBound"]
+__all__ = ["BoundingBox"]
 
 
 @hookimpl
 def kvframe_stages() -> Iterable[StageSpec]:
     """The stages that these policies add to the core's."""
-    return [StageSpec(BoxBound, paper="arXiv 2406.10774")]
+    return [StageSpec(BoundingBox, paper="arXiv 2406.10774")]
 
 
 @hookimpl
