@@ -1,7 +1,6 @@
 """Sinks and recent tokens alone: the lower bound.
 
-Older KV goes to the host all the same, so that a later turn can attend to it in full. `streamingllm` is the same with
-the sizes of its paper.
+Older KV goes to the host all the same, so that a later turn can attend to it in full. `streamingllm` drops it instead.
 """
 
 from typing import Literal

@@ -1,7 +1,6 @@
 """The page about one policy."""
 
 import inspect
-import textwrap
 from typing import Any
 
 import attrs
@@ -41,8 +40,7 @@ def _source(record: PolicyRecord) -> str:
         part for part in (f"*{record.spec.title}*" if record.spec.title else "", published(record)) if part
     )
     found_in = f"Found in `{record.plugin.module}`, from {record.plugin.distribution or 'no distribution'}."
-    text = f"Published as {where}. {found_in}" if where else found_in
-    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
+    return f"Published as {where}.\n{found_in}" if where else found_in
 
 
 def _told(record: PolicyRecord) -> list[str]:
@@ -78,6 +76,8 @@ def _traits(policy: Policy) -> str:
             ("dense layers", layers),
             ("what is lost", words.lost(traits)),
             ("what moves while decoding", words.moved(traits)),
+            ("what is not retrieved", "enters attention as an estimate" if traits.estimates else "is not attended"),
+            ("what stages read besides Q, K and V", ", ".join(traits.reads) or "nothing"),
             ("calibration", words.calibration(traits)),
             ("a step is one CUDA graph", "yes" if traits.capturable else "no"),
         ],

@@ -16,6 +16,8 @@ def lost(traits: Traits) -> str:
 
 def moved(traits: Traits) -> str:
     """What comes from the host while decoding."""
+    if traits.moves == "all rows":
+        return "rows that are missing; all rows where a step attends in full"
     return "rows of a selection that are missing" if traits.moves == "missing rows" else "nothing"
 
 

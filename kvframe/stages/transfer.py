@@ -1,11 +1,12 @@
 """Slot five: where does KV that is not resident live, and how does it return?"""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from attrs import frozen
 
+from kvframe.memory.codec import Codec
 from kvframe.memory.pool import RowPool, RowStore
 from kvframe.stages.base import Slot, Stage
 from kvframe.types import LayerLayout
@@ -16,14 +17,22 @@ class Transfer(Stage):
     missing."""
 
     slot: ClassVar[Slot] = "transfer"
-    loses: ClassVar[Literal["nothing", "precision", "tokens"]] = "nothing"
-    """What is gone for good of a token that is not resident: nothing, digits of its numbers, or all of it."""
+    drops: ClassVar[bool] = False
+    """Whether a token that a decode step neither attends to nor holds in the window is gone for good."""
     crosses_link: ClassVar[bool] = True
     """Whether recalled rows come from the host."""
 
     @abstractmethod
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
         """A store for `num_rows` tokens of one layer."""
+
+    def codec(self, layout: LayerLayout) -> Codec | None:
+        """How rows are stored, where they do not come back as they were."""
+        return None
+
+    def row_bytes(self, layout: LayerLayout) -> int:
+        """Bytes of a row in the store."""
+        return layout.row_bytes
 
     @abstractmethod
     def host_bytes(self, layout: LayerLayout, num_rows: int) -> int:
