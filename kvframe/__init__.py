@@ -11,6 +11,7 @@ from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.stages import (
+    ClusterUnits,
     DecoupledUnits,
     Drop,
     EstimateRest,
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockInputs",
+    "ClusterUnits",
     "Decision",
     "DecoupledUnits",
     "Drop",

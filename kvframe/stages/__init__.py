@@ -1,6 +1,7 @@
 """The five slots: one abstract class each, and the trivial members."""
 
 from kvframe.stages.base import SLOTS, Slot, Stage
+from kvframe.stages.clusters import ClusterUnits
 from kvframe.stages.drop import Drop
 from kvframe.stages.estimate import EstimateRest
 from kvframe.stages.quantized import QuantizedHostPool
@@ -13,6 +14,7 @@ from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuil
 
 __all__ = [
     "SLOTS",
+    "ClusterUnits",
     "DecoupledUnits",
     "Drop",
     "EstimateRest",

@@ -153,7 +153,7 @@ def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
     choices = {slot: stages(slot) for slot in SLOTS}
     if not registered:
         choices["trigger"] |= st.builds(ScatteredTrigger, seed=st.integers(0, 100))
-    changes = st.fixed_dictionaries({}, optional=choices)
+    changes: SearchStrategy[dict[Any, Any]] = st.fixed_dictionaries({}, optional=choices)
     return (
         st.tuples(variants(default_registry().policy_spec("louiskv")), changes)
         .map(lambda drawn: _swapped(*drawn))
@@ -162,7 +162,7 @@ def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
     )
 
 
-def _swapped(policy: Policy, changes: dict[str, Stage]) -> tuple[Policy, ...]:
+def _swapped(policy: Policy, changes: dict[Any, Any]) -> tuple[Policy, ...]:
     """Nothing where the stages are refused together, for a reason that tests of refusals look at."""
     selector = changes.get("selector")
     if isinstance(selector, Selector) and selector.needs_means:
