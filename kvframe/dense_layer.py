@@ -9,7 +9,7 @@ from torch import Tensor
 from kvframe.attention import causal_attention
 from kvframe.layer import LayerRuntime
 from kvframe.types import LayerLayout
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -25,6 +25,7 @@ class DenseLayer(LayerRuntime):
         self._keys, self._values = layout.zeros(capacity)
         self._lengths = [0] * layout.batch_size
         self._stored = torch.zeros(layout.batch_size, dtype=torch.int64, device=layout.device)
+        self._arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
 
     @property
     def lengths(self) -> list[int]:
@@ -82,7 +83,10 @@ class DenseLayer(LayerRuntime):
         self._keys.scatter_(2, place.expand(-1, -1, -1, keys.shape[-1]), keys)
         self._values.scatter_(2, place.expand(-1, -1, -1, values.shape[-1]), values)
         self._stored += 1
-        return slot_attention(query, self._keys, self._values, None, self.layout.sm_scale, lengths=self._stored)[0]
+        return slot_attention(
+            query, self._keys, self._values, None, self.layout.sm_scale,
+            lengths=self._stored, arrivals=self._arrivals,
+        )[0]  # fmt: skip
 
     def count_decoded(self, num_tokens: int) -> None:
         self._lengths = [length + num_tokens for length in self._lengths]

@@ -1,5 +1,6 @@
 """One layer's step: calls the five stages in order. It has no policy of its own."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvframe.memory.slots import SlotMemory
 from kvframe.stats import RetrievalStats
 from kvframe.types import Execution, LayerLayout, LeavingUnits, StepInputs, UnitTable
 from kvframe_kernels.kmeans import write_in_order
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -154,7 +155,8 @@ class RetrievalLayer(LayerRuntime):
         ledger.begin_prompt()
         ahead = [length + num for length, num in zip(ledger.lengths, num_real, strict=True)]
         if ledger.has_decoded:
-            # Units still in the window from an earlier turn make room first.
+            # Units still in the window from an earlier turn make room first; the index may have none for them yet.
+            self._reserve_units(max(map(ledger.most_closed, range(len(num_real)))))
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
                 self._extend_index(unit)
@@ -232,8 +234,9 @@ class RetrievalLayer(LayerRuntime):
         self.memory.traffic.rows_written += self.layout.batch_size * self.layout.num_kv_heads
 
     def addresses(self) -> list[int]:
-        # Whatever grows, grows with the rows or with the units; states of stages are made anew when all is forgotten.
-        return [id(self), self.capacity, self.ledger.max_units, self._num_forgotten]
+        # The memory grows with the rows; states of stages are made anew when all is forgotten.
+        index = [] if self._index is None else self._index.addresses()
+        return [id(self), self.capacity, self._num_forgotten, self.ledger.unit_offsets.data_ptr(), *index]
 
     def steps_left(self) -> int:
         return self.capacity - max(self.ledger.lengths)
@@ -242,16 +245,11 @@ class RetrievalLayer(LayerRuntime):
         if self.ledger.in_prompt:
             # Room for all units that the planned rows can still give, so that nothing is allocated while decoding; and
             # no more than that, now that the prompt's units are counted.
-            num_units = max(self.ledger.closed_at_end()) + self._output_units()
-            self.ledger.fit_units(num_units)
+            num_closed, num_left = self.ledger.most_units(self.capacity)
+            self.ledger.fit_units(num_closed)
             if self._index is not None:
-                self._index.fit(num_units)
+                self._index.fit(num_left)
             self.ledger.begin_decode()
-
-    def _output_units(self) -> int:
-        """No more units can come from the tokens in the window and those there is room for."""
-        remaining = self.capacity - min(self.ledger.lengths) + self.ledger.window_size + self.ledger.max_size
-        return remaining // self.ledger.min_size + 1
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
@@ -274,7 +272,7 @@ class RetrievalLayer(LayerRuntime):
 
     def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
         ledger, policy = self.ledger, self.policy
-        num_units = max(1, ledger.visible_units())
+        num_units = max(1, min(ledger.visible_units(), index.max_units))
         units = UnitTable(offsets=ledger.unit_offsets, num_units=ledger.num_units, max_units=num_units)
         scores = policy.scorer.score(inputs, index.view(num_units), units)
         rows, count = policy.selector.select(inputs, scores, units)
@@ -368,7 +366,10 @@ def _make_memory(
 ) -> LayerMemory:
     if execution == "offload":
         store = policy.transfer.init(layout, capacity)
-        return SlotMemory(layout, ledger, store, policy.selector.capacity, backend or slot_attention)
+        if backend is None:
+            arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
+            backend = functools.partial(slot_attention, arrivals=arrivals)
+        return SlotMemory(layout, ledger, store, policy.selector.capacity, backend)
     if execution == "dense":
         return DenseMemory(layout, ledger, capacity, policy.selector.capacity)
     return ShadowMemory(layout, ledger, capacity, policy.selector.capacity)

@@ -38,7 +38,8 @@ class Ledger:
         self.max_size = max_size
         heads = (layout.batch_size, layout.num_kv_heads)
         self.counts = torch.zeros(NUM_COUNTS, *heads, dtype=torch.int64, device=layout.device)
-        self.unit_offsets = torch.zeros(*heads, 2, dtype=torch.int64, device=layout.device)
+        # Half the size of what torch indexes with: there is an offset for each of a long prompt's units.
+        self.unit_offsets = torch.zeros(*heads, 2, dtype=torch.int32, device=layout.device)
         self.unit_offsets[..., 0] = sink_size
         self.is_prompt_unit = torch.zeros(*heads, 1, dtype=torch.bool, device=layout.device)
         self.lengths = [0] * layout.batch_size
@@ -84,7 +85,7 @@ class Ledger:
             return
         self.in_prompt = True
         counts = self.counts
-        self.unit_offsets.scatter_(-1, (counts[CLOSED] + 1)[..., None], counts[LENGTH][..., None])
+        self.unit_offsets.scatter_(-1, (counts[CLOSED] + 1)[..., None], counts[LENGTH][..., None].int())
         counts[CLOSED] += counts[OPEN] > 0
         counts[OPEN].zero_()
         self.open_starts = [max(length, self.sink_size) for length in self.lengths]
@@ -102,7 +103,7 @@ class Ledger:
         columns = first[:, None] + torch.arange(num_units, device=first.device)
         ends = start + units.sizes.cumsum(-1)
         heads = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        self.unit_offsets[batch, heads, columns + 1] = ends
+        self.unit_offsets[batch, heads, columns + 1] = ends.int()
         self.is_prompt_unit[batch, heads, columns] = units.sizes > 0
         self.counts[CLOSED, batch] += units.num_units
         self.counts[UNITS, batch] += units.num_units
@@ -126,6 +127,19 @@ class Ledger:
         counts[OPEN] = max(0, length - block_stop)
         counts[WINDOW] = (length - window_start).clamp(min=0)
 
+    def most_units(self, capacity: int) -> tuple[int, int]:
+        """The most units of a head once every sequence has `capacity` tokens: closed ones, and those of them that have
+        left the window and so need a place in the index. The host waits until it is known how many there are."""
+        most_closed = most_left = 0
+        for closed, length, start in zip(self.closed_at_end(), self.lengths, self.open_starts, strict=True):
+            # Of what is not cut yet, full units first; then nobody closes a unit before it has `min_size` tokens.
+            full = max(0, length - start) // self.max_size
+            cut = start + full * self.max_size
+            most_closed = max(most_closed, closed + full + max(0, capacity - cut) // self.min_size)
+            left = max(0, capacity - self.window_size - cut) // self.min_size
+            most_left = max(most_left, closed + full + left)
+        return most_closed, most_left
+
     def begin_decode(self) -> None:
         """The prompt is over: cut what of it lies in the window into full units; the rest stays open."""
         if not self.in_prompt:
@@ -138,7 +152,7 @@ class Ledger:
             closed = self.counts[CLOSED, batch]
             steps = torch.arange(1, full + 1, device=closed.device)
             heads = torch.arange(closed.shape[0], device=closed.device)[:, None]
-            self.unit_offsets[batch, heads, closed[:, None] + steps] = start + steps * self.max_size
+            self.unit_offsets[batch, heads, closed[:, None] + steps] = (start + steps * self.max_size).int()
             closed += full
             self._most_closed[batch] += full
             self.counts[OPEN, batch] -= full * self.max_size
