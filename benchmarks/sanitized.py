@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python benchmarks/sanitized.py
     compute-sanitizer --tool racecheck --report-api-errors no --error-exitcode 1 python benchmarks/sanitized.py
 
-`attend` runs attention as well, if it is asked for: racecheck then reports threads that write the same number to the same
-place of shared memory, which Triton's sums over fewer numbers than threads do.
+`attend` runs attention as well, if it is asked for: racecheck then reports threads that write the same number to the
+same place of shared memory, which Triton's sums over fewer numbers than threads do.
 
 Every result is compared with the operation's reference, so that a checker that changes what runs is noticed. It needs a
 CUDA device.

@@ -122,8 +122,8 @@ def _merge(
         top = tl.load(extra_lse + heads, mask=is_member, other=float("-inf")).to(tl.float32) * _LOG2E
         is_any = top != float("-inf")
         total = tl.where(is_any, 1.0, 0.0)
-        place = heads[:, None] * VALUE + values[None, :]
-        acc = tl.load(extra_out + place, mask=inside & is_any[:, None], other=0.0).to(tl.float32)
+        extra_out += heads[:, None] * VALUE + values[None, :]
+        acc = tl.load(extra_out, mask=inside & is_any[:, None], other=0.0).to(tl.float32)
     for first in range(0, num_live, SPLITS):
         splits = first + tl.arange(0, SPLITS)
         exists = is_member[:, None] & (splits < num_live)[None, :]
