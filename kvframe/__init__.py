@@ -12,6 +12,7 @@ from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.stages import (
     DecoupledUnits,
+    Drop,
     EveryStep,
     FixedStride,
     HostPool,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Decision",
     "DecoupledUnits",
+    "Drop",
     "EveryStep",
     "FixedStride",
     "HostPool",

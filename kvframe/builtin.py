@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from kvframe.hookspecs import API_VERSION, StageSpec, hookimpl
 from kvframe.stages import (
     DecoupledUnits,
+    Drop,
     EveryStep,
     FixedStride,
     HostPool,
@@ -37,5 +38,6 @@ def kvframe_stages() -> Iterable[StageSpec]:
         SelectNothing,
         HostPool,
         KeepOnDevice,
+        Drop,
     )
     return [StageSpec(stage) for stage in stages]

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import StepInputs, UnitTable
+from kvframe.types import LayerLayout, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -16,19 +16,34 @@ class Selector(Stage):
     """Turns scores into the rows that a head attends to, besides sinks and window."""
 
     slot: ClassVar[Slot] = "selector"
+    estimates: ClassVar[bool] = False
+    """Whether selections say which units are estimated."""
 
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """The most rows that one head can get; slots are sized by it."""
+        """Rows that a head gets on average, where there are as many."""
+
+    def capacity_in(self, layout: LayerLayout) -> int:
+        """The most rows that one head of a layer can get; slots are sized by it. The capacity, unless heads or layers
+        share a budget or leave room for tokens to come."""
+        return self.capacity
+
+    def row_index(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """What is kept on the device of every row that leaves the window, for `units.row_index`.
+
+        keys: [M, T, D], values: [M, T, Dv]. Returns named tensors [M, T, ...]; names and trailing shapes are always the
+        same.
+        """
+        return {}
 
     @abstractmethod
-    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         """Rows for every head.
 
         scores: [B, H, U], -inf where there is no unit, and anything where `inputs.due` is False.
-        Returns (rows, count): int64 [B, H, capacity], each row once, with -1 behind the count, and int64 [B, H];
-        anything where `inputs.due` is False.
+        Returns (rows, count), or a Selection: int64 [B, H, capacity_in], each row once, with -1 behind the count, and
+        int64 [B, H]; anything where `inputs.due` is False.
         """
 
 
