@@ -391,6 +391,7 @@ class RetrievalLayer(LayerRuntime):
             if self._index is not None:
                 self._index.fit(num_left)
             self.ledger.begin_decode()
+            self.memory.begin_decode()
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
