@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from helpers import Tape, TapedUnits
 from on_cuda import generate, small, tiny_model
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import kvframe
@@ -13,7 +11,7 @@ from kvframe.memory.pool import RowPool
 from kvframe.memory.slots import SlotMemory
 from kvframe.registry import default_registry
 from kvframe.runtime import RetrievalLayer
-from kvframe.types import Units
+from kvframe.testing.tape import Tape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -57,20 +55,12 @@ def test_offload_equals_dense(model: LlamaForCausalLM, name: str) -> None:
     torch.testing.assert_close(logits, dense_logits, atol=1e-8, rtol=1e-8)
 
 
-class OnDevice(TapedUnits):
-    """Off the tape where the planner asks, on the CPU and of an offloading run alone, how many units there will be."""
-
-    def build(self, keys: Tensor) -> Units:
-        return super().build(keys) if keys.is_cuda else self.stage.build(keys)
-
-
 @pytest.mark.parametrize("name", [record.name for record in default_registry().policies()])
 def test_offload_equals_dense_in_float32(model: LlamaForCausalLM, name: str) -> None:
     """Where `dense` takes the decisions that `offload` took, with every kernel of a step at work."""
     tape = Tape()
-    policy = small(name, 16)
-    policy = tape.wrap(policy).swap(units=OnDevice(stage=policy.units, tape=tape))
-    with kvframe.attach(model, policy, execution="offload") as run:
+    policy = tape.wrap(small(name, 16))
+    with kvframe.attach(model, policy, capture=False) as run:
         tokens, logits = generate(model)
     offload = [run.cache.attended_positions(layer, row, 1).tolist() for layer in range(3) for row in range(2)]
     tape.playing = True
