@@ -11,6 +11,7 @@ from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.stages import (
+    ClusterUnits,
     DecoupledUnits,
     EveryStep,
     FixedStride,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClusterUnits",
     "Decision",
     "DecoupledUnits",
     "EveryStep",

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -62,6 +63,11 @@ class PolicyRecord:
     def paper(self) -> str | None:
         """Where it was published."""
         return self.spec.paper
+
+    @property
+    def about(self) -> str:
+        """What the module of its config says of it: the paper, the stages, and where the policy differs from it."""
+        return inspect.getdoc(sys.modules[self.config_cls.__module__]) or ""
 
     def make(self, **options: Any) -> "Policy":
         """The policy with these options; `ConfigError` if it does not have or accept them."""

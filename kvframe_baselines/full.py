@@ -3,6 +3,7 @@
 from attrs import frozen
 
 from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
 from kvframe.stages import KeepOnDevice, MeanKey, Never, SelectNothing, TokenUnits
 
 
@@ -22,3 +23,6 @@ def build_full(config: FullConfig) -> Policy:
         transfer=KeepOnDevice(),
         dense_layers="all",
     )
+
+
+POLICIES = (PolicySpec(name="full", config_cls=FullConfig, build=build_full),)

@@ -5,6 +5,7 @@ from typing import Literal
 from attrs import frozen
 
 from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
 from kvframe.stages import EveryStep, HostPool, MeanKey, TokenUnits, TopBudget
 
 
@@ -36,3 +37,6 @@ def build_oracle_topk(config: OracleTopKConfig) -> Policy:
         window_size=config.window_size,
         dense_layers=config.dense_layers,
     )
+
+
+POLICIES = (PolicySpec(name="oracle_topk", config_cls=OracleTopKConfig, build=build_oracle_topk),)

@@ -5,6 +5,7 @@ from typing import Literal
 from attrs import frozen
 
 from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
 from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
 
 
@@ -12,8 +13,8 @@ from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
 class WindowConfig:
     """Sinks and recent tokens; nothing comes back.
 
-    What StreamingLLM (arXiv 2309.17453) attends to, at the original positions. Older KV goes to the host all the same,
-    so that later turns can attend to it in full.
+    Older KV goes to the host all the same, so that later turns can attend to it in full. `streamingllm` is the same
+    with the sizes of its paper.
     """
 
     sink_size: int = 64
@@ -35,3 +36,6 @@ def build_window(config: WindowConfig) -> Policy:
         window_size=config.window_size,
         dense_layers=config.dense_layers,
     )
+
+
+POLICIES = (PolicySpec(name="window", config_cls=WindowConfig, build=build_window),)

@@ -1,6 +1,7 @@
 """The five slots: one abstract class each, and the trivial members."""
 
 from kvframe.stages.base import SLOTS, Slot, Stage
+from kvframe.stages.clusters import ClusterUnits
 from kvframe.stages.scorer import MeanKey, Scorer
 from kvframe.stages.selector import SelectNothing, Selector, TopBudget
 from kvframe.stages.transfer import HostPool, KeepOnDevice, Transfer
@@ -9,6 +10,7 @@ from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuil
 
 __all__ = [
     "SLOTS",
+    "ClusterUnits",
     "DecoupledUnits",
     "EveryStep",
     "FixedStride",
