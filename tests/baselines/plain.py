@@ -4,11 +4,11 @@ import math
 
 import torch
 from attrs import field, frozen
-from helpers import Case, Text, Turn, attended, make_call, unit_positions
 
 from kvframe import Policy, Scorer, StepInputs, UnitTable
 from kvframe.runtime import RetrievalLayer
 from kvframe.stages.scorer import Index
+from kvframe.testing.cases import Case, Text, Turn, attended, make_call, unit_positions
 
 Vector = list[float]
 

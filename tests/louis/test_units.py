@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import make_layout, unit_lists
+from helpers import unit_lists
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvframe import Decision, StepInputs
 from kvframe.errors import ConfigError
+from kvframe.testing.cases import make_layout
 from kvframe_louis import SegmentUnits
 
 

@@ -2,24 +2,16 @@
 
 import pytest
 import torch
-from helpers import (
-    Case,
-    ModelTrace,
-    Tape,
-    assert_close,
-    assert_equal_traces,
-    play,
-    play_model,
-    policy_records,
-    record_id,
-    tiny_llama,
-)
+from helpers import policy_records, record_id
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, compositions, examples, variants
 
 from kvframe import Policy
 from kvframe.registry import PolicyRecord
+from kvframe.testing.cases import Case, assert_close, assert_equal_traces, play
+from kvframe.testing.models import ModelTrace, play_model, tiny_llama
+from kvframe.testing.strategies import cases, compositions, examples, variants
+from kvframe.testing.tape import Tape
 
 every_policy = pytest.mark.parametrize("record", policy_records(), ids=record_id)
 

@@ -2,25 +2,17 @@
 
 import pytest
 import torch
-from helpers import (
-    Case,
-    assert_close,
-    attended,
-    causal_attention_over,
-    make_call,
-    make_layout,
-    play_model,
-    play_stock,
-    policy_records,
-    small_policy,
-    tiny_llama,
-)
+from helpers import policy_records
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import cases, compositions, examples, variants
 
 from kvframe import Policy, StepInputs, TopBudget, Trigger
 from kvframe.registry import PolicyRecord
+from kvframe.testing.cases import Case, assert_close, attended, make_call, make_layout
+from kvframe.testing.models import play_model, play_stock, tiny_llama
+from kvframe.testing.reference import causal_attention_over
+from kvframe.testing.small import small_policy
+from kvframe.testing.strategies import cases, compositions, examples, variants
 
 BEYOND = TopBudget(token_budget=400)
 

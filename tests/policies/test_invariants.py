@@ -6,29 +6,9 @@ from typing import Any
 import pytest
 import torch
 from attrs import frozen
-from helpers import (
-    Call,
-    Case,
-    Tape,
-    Text,
-    Turn,
-    assert_close,
-    assert_equal_traces,
-    attended,
-    attention_over,
-    make_call,
-    model_inputs,
-    play,
-    play_model,
-    policy_records,
-    record_id,
-    small_policy,
-    tiny_llama,
-    unit_positions,
-)
+from helpers import policy_records, record_id
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, compositions, examples, variants
 from torch import Tensor
 
 import kvframe
@@ -38,6 +18,23 @@ from kvframe.memory.slots import SlotMemory
 from kvframe.registry import PolicyRecord
 from kvframe.report import Timeline, make_report
 from kvframe.runtime import RetrievalLayer
+from kvframe.testing.cases import (
+    Call,
+    Case,
+    Text,
+    Turn,
+    assert_close,
+    assert_equal_traces,
+    attended,
+    make_call,
+    play,
+    unit_positions,
+)
+from kvframe.testing.models import model_inputs, play_model, tiny_llama
+from kvframe.testing.reference import attention_over
+from kvframe.testing.small import small_policy
+from kvframe.testing.strategies import cases, compositions, examples, variants
+from kvframe.testing.tape import Tape
 
 EXECUTIONS = ("dense", "offload")
 

@@ -3,13 +3,15 @@
 import itertools
 
 import pytest
-from helpers import Case, Turn, assert_equal_traces, play, small_policy, small_stages, stage_id
+from helpers import stage_id
 
 import kvframe
 from kvframe import Policy
 from kvframe.errors import KvframeError
 from kvframe.registry import default_registry
 from kvframe.stages import SLOTS, Slot, Stage
+from kvframe.testing.cases import Case, Turn, assert_equal_traces, play
+from kvframe.testing.small import small_policy, small_stages
 
 CASE = Case(padding=(0, 6), turns=(Turn(chunks=(23,), num_steps=9), Turn(chunks=(5,), num_steps=5)))
 
