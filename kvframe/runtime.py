@@ -21,6 +21,7 @@ from kvframe.memory.positions import RowPositions
 from kvframe.memory.slots import SlotMemory
 from kvframe.memory.survivors import Survivors
 from kvframe.memory.token_ids import TokenIds
+from kvframe.stages import SLOTS, Stage
 from kvframe.stats import RetrievalStats
 from kvframe.types import (
     BlockInputs,
@@ -94,8 +95,13 @@ class RetrievalLayer(LayerRuntime):
         token_ids: TokenIds | None = None,
     ) -> None:
         super().__init__(layout)
+        if token_ids is None and policy.needs_token_ids:
+            raise UnsupportedCallError(
+                f"{_asking_for_ids(policy)!r} asks for token ids, which only the model inside a `kvframe.attach` block "
+                "gives; call it there, with input_ids"
+            )
         self.policy = policy
-        self._board = board
+        self._board: Board = {} if board is None else board
         self._token_ids = token_ids
         self._row_bytes = policy.transfer.row_bytes(layout)
         self.ledger = Ledger(
@@ -218,19 +224,25 @@ class RetrievalLayer(LayerRuntime):
         return out
 
     def _observe_prompt(self, batch: int, query: Tensor, keys: Tensor, num_tail: int) -> None:
-        """Show the scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are proposed."""
-        scorer, num_keys = self.policy.scorer, keys.shape[1] - num_tail
-        if not scorer.reads_prompt or query.shape[1] <= num_tail:
+        """Show trigger and scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are
+        proposed."""
+        trigger, scorer, num_keys = self.policy.trigger, self.policy.scorer, keys.shape[1] - num_tail
+        if not (trigger.reads_prompt or scorer.reads_prompt) or query.shape[1] <= num_tail:
             return
-        no_notes = query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32)
         prompt = PromptInputs(
             query=query[:, : query.shape[1] - num_tail],
             keys=keys[:, :num_keys],
-            notes=no_notes if self._notes is None else self._notes.of(batch, 0, num_keys),
+            notes=query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32),
             batch=batch,
             layout=self.layout,
+            board=self._board,
         )
-        scorer.observe_prompt(prompt, self._scorer_state)
+        if trigger.reads_prompt:
+            trigger.observe_prompt(prompt, self._trigger_state)
+        if scorer.reads_prompt:
+            if self._notes is not None:
+                prompt = evolve(prompt, notes=self._notes.of(batch, 0, num_keys))
+            scorer.observe_prompt(prompt, self._scorer_state)
 
     def _take_in(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
         """Store prompt tokens, the last `num_real` of each sequence; those before the window become prompt units."""
@@ -278,17 +290,19 @@ class RetrievalLayer(LayerRuntime):
         num_heads, num_units = units.sizes.shape
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
+        notes = None
+        if self._notes is not None:
+            self._notes.reorder(batch, start, units.order)
+            notes = self._notes.of(batch, start, start + keys.shape[1])
         if self._index is not None:
             width = keys.shape[-1]
             unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
             unit_ids = unit_ids.repeat_interleave(units.sizes.flatten(), output_size=units.order.numel())
-            entries = self.policy.scorer.index(
-                rows[..., :width], rows[..., width:], unit_ids.view(num_heads, -1), num_units
+            entries = self.policy.scorer.index_noted(
+                rows[..., :width], rows[..., width:], unit_ids.view(num_heads, -1), num_units, notes
             )
             self._index.write(batch, columns, entries)
         self._row_index.write(batch, start, rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :])
-        if self._notes is not None:
-            self._notes.reorder(batch, start, units.order)
         self.memory.store_block(batch, start, rows)
         self.positions.add_block(batch, start, units.order)
 
@@ -410,7 +424,7 @@ class RetrievalLayer(LayerRuntime):
         probe = self.policy.scorer.probe(inputs, self._scorer_state)
         if self._ahead is not None:
             probe, due = self._look_ahead(self._ahead, probe, decision)
-        return evolve(inputs, query=probe, due=due), decision
+        return evolve(inputs, query=probe, due=due, full=decision.full), decision
 
     def _look_ahead(self, before: Ahead, probe: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
         """Heads that are not due select with the query of the step before, where that asked for it; the queries and
@@ -427,6 +441,8 @@ class RetrievalLayer(LayerRuntime):
     def _extend_index(self, unit: LeavingUnits) -> None:
         self._row_index.extend(unit)
         if self._index is not None:
+            if self._notes is not None:
+                unit = evolve(unit, notes=self._notes.tensor)
             self.policy.scorer.extend(self._index.tensors, unit)
         if self._estimated is not None:
             # A unit that has just left is estimated until a selection says otherwise.
@@ -525,6 +541,7 @@ class RetrievalLayer(LayerRuntime):
 
     def reset(self) -> None:
         self._forget()
+        self._board.pop(self.layout.layer_idx, None)
         self.stats.reset()
         self.memory.clear_traffic()
 
@@ -577,6 +594,11 @@ def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int
     """Host memory that an offloading `RetrievalLayer` takes for `num_rows` tokens a sequence."""
     positions = layout.batch_size * layout.num_kv_heads * num_rows * torch.int32.itemsize
     return policy.transfer.host_bytes(layout, num_rows) + positions
+
+
+def _asking_for_ids(policy: Policy) -> Stage:
+    """A stage that is to be told the ids of tokens."""
+    return next(part for slot in SLOTS for part in policy.stage(slot).with_parts() if part.needs_token_ids)
 
 
 def _make_memory(

@@ -82,31 +82,35 @@ class StepInputs:
     for the others is not used: on a device, kernels skip them."""
     notes: Tensor | None = None
     """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
+    full: Tensor | None = None
+    """bool [B, H], the heads that attend to everything in this step; None where none ever does."""
     token_ids: Tensor | None = None
     """int64 [B], the id of this token; None unless a stage asks for ids."""
     row_bytes: int = 0
     """Bytes of a row in the store."""
     board: "Board | None" = None
-    """What other layers have published in this step."""
+    """What other layers have published, in this step or before."""
 
 
 Board = dict[int, Tensor]
-"""By layer: what it has published for the layers behind it in one forward pass. One a cache."""
+"""By layer: what it has published for the others. One a cache."""
 
 
 @frozen(kw_only=True, eq=False)
 class PromptInputs:
-    """What a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
+    """What a trigger or a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
 
     query: Tensor
     """[Hq, T, D], after RoPE."""
     keys: Tensor
     """[H, L, D], L >= T, in the order of the rows: those of earlier tokens, then the T of this run."""
     notes: Tensor
-    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new."""
+    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new. A trigger has none, F = 0."""
     batch: int
     """The sequence's place in the batch."""
     layout: LayerLayout
+    board: "Board"
+    """What layers have told each other; to be written where others are to know."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -200,6 +204,8 @@ class LeavingUnits:
     """[B, H, N, Dv], likewise."""
     ring_first: int
     ring_size: int
+    notes: Tensor | None = None
+    """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [B * H, max_size, D], values [B * H, max_size, Dv] and unit ids int64 [B * H, max_size]: 0 for a token
@@ -210,6 +216,14 @@ class LeavingUnits:
         values = self.values.gather(2, place.expand(-1, -1, -1, self.values.shape[-1]))
         unit_ids = (steps >= self.size[..., None]).long()
         return keys.flatten(0, 1), values.flatten(0, 1), unit_ids.flatten(0, 1)
+
+    def noted(self) -> Tensor | None:
+        """Notes of the same tokens, [F, B * H, max_size]."""
+        if self.notes is None:
+            return None
+        steps = torch.arange(self.max_size, device=self.start.device)
+        row = (self.start[..., None] + steps).clamp(max=self.notes.shape[-1] - 1)
+        return self.notes.gather(-1, row.expand(self.notes.shape[0], *row.shape)).flatten(1, 2)
 
 
 class Invariant(Enum):

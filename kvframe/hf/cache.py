@@ -393,11 +393,6 @@ class RetrievalCache(Cache):
                 layout, capacity, functools.partial(scorer.publish, board=self._board) if publishes else None
             )
         backend = self._registry.plugins.attention_backend(layout, layout.device)
-        if self.policy.units.needs_token_ids and self._token_ids is None:
-            raise UnsupportedCallError(
-                f"{self.policy.units!r} asks for token ids, which only the model inside a `kvframe.attach` "
-                "block gives; call it there, with input_ids"
-            )
         return RetrievalLayer(
             layout, self.policy, capacity, self.execution, backend, board=self._board, token_ids=self._token_ids
         )

@@ -24,11 +24,6 @@ class UnitBuilder(Stage):
     slot: ClassVar[Slot] = "units"
 
     @property
-    def needs_token_ids(self) -> bool:
-        """Whether `build_block` and `boundary` are to be told the ids of tokens."""
-        return False
-
-    @property
     @abstractmethod
     def unit_size(self) -> int:
         """Tokens of a usual unit; a budget below it is refused."""
@@ -159,10 +154,6 @@ class DecoupledUnits(UnitBuilder):
     @property
     def max_size(self) -> int:
         return self.output.max_size
-
-    @property
-    def needs_token_ids(self) -> bool:
-        return self.prompt.needs_token_ids or self.output.needs_token_ids
 
     def build(self, keys: Tensor) -> Units:
         return self.prompt.build(keys)
