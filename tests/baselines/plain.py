@@ -92,6 +92,16 @@ def _step(
     )
 
 
+def dot(one: Vector, other: Vector) -> float:
+    """Scalar product."""
+    return sum(x * y for x, y in zip(one, other, strict=True))
+
+
+def cosine(one: Vector, other: Vector) -> float:
+    """Of two vectors that are not zero."""
+    return dot(one, other) / math.sqrt(dot(one, one) * dot(other, other))
+
+
 def softmax(numbers: Vector) -> Vector:
     """Shares that add up to one."""
     weights = [math.exp(number - max(numbers)) for number in numbers]

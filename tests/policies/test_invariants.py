@@ -70,9 +70,10 @@ class Run:
         return unit_positions(self.layer, batch, head, int(self.layer.ledger.num_units[batch, head]))
 
     def retrieved(self, batch: int, head: int, call: Call) -> list[int]:
-        """Attended positions that are neither sinks nor in the window."""
+        """Positions at hand that are neither sinks nor in the window; a step in full attends to others besides."""
         recent = self.length(batch, call) - self.window(batch, head)
-        positions = self.layer.attended_positions(batch, head).tolist()
+        rows = self.layer.memory.attended_rows(batch, head)
+        positions = self.layer.positions.of(batch, self.layer.capacity)[head][rows].tolist()
         return [position for position in positions if self.layer.policy.sink_size <= position < recent]
 
 
@@ -124,13 +125,16 @@ def budget_is_exact(policy: Policy, case: Case, execution: str) -> None:
     tape = Tape()
     run = start(tape.wrap(policy), case, execution)
     before: dict[tuple[int, int], list[int]] = {}
+    ahead: Tensor | None = None
     for call, _ in run.calls():
-        due = next((made.due for made in tape.decisions if isinstance(made, kvframe.Decision)), None)
+        decision = next((made for made in tape.decisions if isinstance(made, kvframe.Decision)), None)
         tape.decisions.clear()
         if call.is_prompt:
-            before = {}
+            before, ahead = {}, None
             continue
-        assert due is not None
+        assert decision is not None
+        due = decision.due if ahead is None else decision.due | ahead
+        ahead = decision.ahead
         for batch, head in run.heads():
             now = run.retrieved(batch, head, call)
             enough = sum(map(len, run.units(batch, head)))

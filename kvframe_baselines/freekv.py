@@ -1,0 +1,87 @@
+"""FreeKV: the pages that the step before would have chosen, corrected for the heads whose query has turned.
+
+FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference, 2025, arXiv 2505.13109.
+
+- trigger: every step selects for the next one with its own query; a KV head for which the mean of cos(q_{t-1}, q_t) over
+  its query heads is below tau selects at once
+- units: pages of 32 consecutive tokens
+- scorer: Quest's bound from a page's smallest and largest keys, softmax over the pages for every query head, then the
+  mean over the heads that share a KV head
+- selector: the highest pages, up to the budget
+- transfer: all KV on the host
+
+`freekv` has the threshold of the paper for long inputs, 0.8; `freekv-long-output` that for reasoning, 0.9. A budget of
+2048 tokens in all is published, 128 sinks and 128 recent ones among them; the remainder is `token_budget` here.
+
+Where ours differs from the paper:
+
+- **What runs beside what.** The paper recalls pages for the next step on a second stream while this step computes, from
+  a layout and with a double buffer made for that. Here the selection for a step is made when that step begins, with the
+  query of the step before: the same pages are attended, and the time is not hidden.
+- **Pages that become whole in between.** A selection made at the beginning of a step can name a page that left the
+  window in this very step; the paper's could not.
+- **The page's summary** is a choice there; its authors' code has both the bound and ArkVale's digest. Ours is the bound,
+  and `swap(scorer=BoxBound(box="mean-deviation"))` takes the other.
+"""
+
+from typing import ClassVar, Literal
+
+from attrs import frozen
+
+from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
+from kvframe.stages import HostPool, PageUnits, TopBudget
+from kvframe_baselines.stages import BoxBound, SpeculativeTrigger
+
+
+@frozen(kw_only=True)
+class FreeKVConfig:
+    """FreeKV: pages chosen with the query of the step before, corrected where a head's query has turned."""
+
+    policy_name: ClassVar[str] = "freekv"
+    token_budget: int = 1792
+    sink_size: int = 128
+    window_size: int = 128
+    tau: float = 0.8
+    """Similarity below which a KV head selects at once."""
+    page_size: int = 32
+    """Tokens of a page."""
+    dense_layers: tuple[int, ...] | Literal["all"] = (0, 1)
+    """Layers that keep their whole KV on the device."""
+
+
+@frozen(kw_only=True)
+class FreeKVLongOutputConfig(FreeKVConfig):
+    """FreeKV as published for long output (reasoning)."""
+
+    policy_name: ClassVar[str] = "freekv-long-output"
+    tau: float = 0.9
+    """Similarity below which a KV head selects at once."""
+
+
+def build_freekv(config: FreeKVConfig) -> Policy:
+    """The policy that a config stands for."""
+    return Policy(
+        name=config.policy_name,
+        trigger=SpeculativeTrigger(tau=config.tau),
+        units=PageUnits(page_size=config.page_size),
+        scorer=BoxBound(),
+        selector=TopBudget(token_budget=config.token_budget),
+        transfer=HostPool(),
+        sink_size=config.sink_size,
+        window_size=config.window_size,
+        dense_layers=config.dense_layers,
+    )
+
+
+POLICIES = tuple(
+    PolicySpec(
+        name=config_cls.policy_name,
+        config_cls=config_cls,
+        build=build_freekv,
+        title="FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference",
+        year=2025,
+        paper="arXiv 2505.13109",
+    )
+    for config_cls in (FreeKVConfig, FreeKVLongOutputConfig)
+)
