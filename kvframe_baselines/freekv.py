@@ -10,8 +10,8 @@ FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference, 2025, arXiv 250
 - selector: the highest pages, up to the budget
 - transfer: all KV on the host
 
-`freekv` has the threshold of the paper for long inputs, 0.8; `freekv-long-output` that for reasoning, 0.9. A budget of
-2048 tokens in all is published, 128 sinks and 128 recent ones among them; the remainder is `token_budget` here.
+The paper's threshold is 0.8 for long inputs, the default here, and 0.9 for reasoning, `tau=0.9`. Its budget is 2048 tokens
+in all, 128 sinks and 128 recent ones among them; the remainder is `token_budget` here.
 
 Where ours differs from the paper:
 
@@ -24,7 +24,7 @@ Where ours differs from the paper:
   and `swap(scorer=BoxBound(box="mean-deviation"))` takes the other.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from attrs import frozen
 
@@ -38,7 +38,6 @@ from kvframe_baselines.stages import BoxBound, SpeculativeTrigger
 class FreeKVConfig:
     """FreeKV: pages chosen with the query of the step before, corrected where a head's query has turned."""
 
-    policy_name: ClassVar[str] = "freekv"
     token_budget: int = 1792
     sink_size: int = 128
     window_size: int = 128
@@ -50,19 +49,10 @@ class FreeKVConfig:
     """Layers that keep their whole KV on the device."""
 
 
-@frozen(kw_only=True)
-class FreeKVLongOutputConfig(FreeKVConfig):
-    """FreeKV as published for long output (reasoning)."""
-
-    policy_name: ClassVar[str] = "freekv-long-output"
-    tau: float = 0.9
-    """Similarity below which a KV head selects at once."""
-
-
 def build_freekv(config: FreeKVConfig) -> Policy:
     """The policy that a config stands for."""
     return Policy(
-        name=config.policy_name,
+        name="freekv",
         trigger=SpeculativeTrigger(tau=config.tau),
         units=PageUnits(page_size=config.page_size),
         scorer=BoxBound(),
@@ -74,14 +64,13 @@ def build_freekv(config: FreeKVConfig) -> Policy:
     )
 
 
-POLICIES = tuple(
+POLICIES = (
     PolicySpec(
-        name=config_cls.policy_name,
-        config_cls=config_cls,
+        name="freekv",
+        config_cls=FreeKVConfig,
         build=build_freekv,
         title="FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference",
         year=2025,
         paper="arXiv 2505.13109",
-    )
-    for config_cls in (FreeKVConfig, FreeKVLongOutputConfig)
+    ),
 )

@@ -21,38 +21,28 @@ def page_scores(step: Step, queries: list[Vector]) -> Vector:
     return mean_of_group([softmax([scale * bound for bound in upper_bounds(step, query)]) for query in queries])
 
 
-@pytest.mark.parametrize("tau", [-1.0, 0.3, 0.9, 1.5])
+@pytest.mark.parametrize("tau", [-1.0, 0.9, 0.96, 1.5])
 def test_pages_of_the_step_before_unless_the_query_has_turned(tau: float):
     """Heads that have turned, and all at the first step, choose with their own query, the others with the last one."""
     policy = kvframe.policy("freekv", token_budget=9, sink_size=2, window_size=4, page_size=3, tau=tau)
     steps = steps_of(policy)
-    kinds = set()
+    kinds = []
     for place, step in enumerate(steps):
         before = steps[place - NUM_HEADS] if place >= NUM_HEADS else None
         corrected = before is None or has_turned(before, step, tau)
         queries = step.queries if before is None or corrected else before.queries
         assert step.retrieved == best_tokens(step.units, page_scores(step, queries), 9)
-        kinds.add(corrected)
-    assert kinds == ({True} if tau > 1 else {True, False})
-
-
-def test_heads_decide_on_their_own():
-    """In some step one KV head is corrected and another is not."""
-    steps = steps_of(kvframe.policy("freekv", token_budget=9, sink_size=2, window_size=4, page_size=3))
-    rows = [steps[start : start + CASE.num_kv_heads] for start in range(0, len(steps), CASE.num_kv_heads)]
-    turned = [
-        {has_turned(before, now, 0.8) for before, now in zip(earlier, later)}
-        for earlier, later in zip(rows, rows[CASE.batch_size :])
-    ]
-    assert {True, False} in turned
+        kinds.append(corrected)
+    assert set(kinds) == ({True} if tau > 1 else {True, False})
+    if tau == 0.96:  # heads of one sequence and step differ
+        assert any(one != other for one, other in zip(kinds[::2], kinds[1::2]))
 
 
 def test_published_defaults():
-    """Pages of 32, 2048 tokens in all with 128 sinks and 128 recent ones, tau 0.8 for long input and 0.9 for output."""
+    """Pages of 32, 2048 tokens in all with 128 sinks and 128 recent ones, tau 0.8 for long input."""
     policy = kvframe.policy("freekv")
 
     assert policy.units == kvframe.PageUnits(page_size=32)
     assert (policy.sink_size, policy.window_size) == (128, 128)
     assert policy.sink_size + policy.selector.capacity + policy.window_size == 2048
     assert policy.trigger.tau == 0.8
-    assert kvframe.policy("freekv-long-output").trigger.tau == 0.9
