@@ -218,23 +218,32 @@ class RetrievalLayer(LayerRuntime):
                         self.memory.prefetch(batch + 1, past[batch + 1], num_real[batch + 1])
                 elif ahead is not None:
                     ahead()
-                self._observe_prompt(batch, query[batch, :, own], row_keys[0], num_tail)
                 alive = None if self._survivors is None else self._survivors.of(batch, length)
+                self._observe_prompt(batch, query[batch, :, own], row_keys[0], num_tail, alive)
                 out[row, :, own] = causal_attention(
                     query[row, :, own], row_keys, row_values, self.layout.sm_scale, alive
                 )
         return out
 
-    def _observe_prompt(self, batch: int, query: Tensor, keys: Tensor, num_tail: int) -> None:
+    def _observe_prompt(
+        self, batch: int, query: Tensor, keys: Tensor, num_tail: int, alive: Tensor | None = None
+    ) -> None:
         """Show trigger and scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are
-        proposed."""
+        proposed.
+
+        alive: bool [H, L - T], those of the earlier tokens that are left; None for all.
+        """
         trigger, scorer, num_keys = self.policy.trigger, self.policy.scorer, keys.shape[1] - num_tail
         if not (trigger.reads_prompt or scorer.reads_prompt) or query.shape[1] <= num_tail:
             return
+        if alive is not None:
+            alive = torch.nn.functional.pad(alive, (0, num_keys - alive.shape[-1]), value=True)
         prompt = PromptInputs(
             query=query[:, : query.shape[1] - num_tail],
             keys=keys[:, :num_keys],
             notes=query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32),
+            positions=lambda: self._prompt_positions(batch, num_keys),
+            alive=alive,
             batch=batch,
             layout=self.layout,
             board=self._board,
@@ -245,6 +254,12 @@ class RetrievalLayer(LayerRuntime):
             if self._notes is not None:
                 prompt = evolve(prompt, notes=self._notes.of(batch, 0, num_keys))
             scorer.observe_prompt(prompt, self._scorer_state)
+
+    def _prompt_positions(self, batch: int, num_keys: int) -> Tensor:
+        """int64 [H, num_keys]: the positions of a sequence's rows, of a run that is not stored yet as well."""
+        if self.ledger.lengths[batch]:
+            return self.positions.of(batch, num_keys).to(self.layout.device)
+        return torch.arange(num_keys, device=self.layout.device).expand(self.layout.num_kv_heads, -1)
 
     def _take_in(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
         """Store prompt tokens, the last `num_real` of each sequence; those before the window become prompt units."""
@@ -419,6 +434,9 @@ class RetrievalLayer(LayerRuntime):
         inputs = StepInputs(
             query=query,
             layout=self.layout,
+            key=keys,
+            num_tokens=self.ledger.counts[LENGTH],
+            alive=None if self._survivors is None else self._survivors.alive,
             notes=None if self._notes is None else self._notes.tensor,
             token_ids=None if self._token_ids is None else self._token_ids.at([length - 1 for length in lengths]),
             row_bytes=self._row_bytes,
@@ -433,7 +451,7 @@ class RetrievalLayer(LayerRuntime):
         probe = self.policy.scorer.probe(inputs, self._scorer_state)
         if self._ahead is not None:
             probe, due = self._look_ahead(self._ahead, probe, decision)
-        return evolve(inputs, query=probe, due=due, full=decision.full), decision
+        return evolve(inputs, query=probe, due=due, full=decision.full, state=self._scorer_state), decision
 
     def _look_ahead(self, before: Ahead, probe: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
         """Heads that are not due select with the query of the step before, where that asked for it; the queries and
