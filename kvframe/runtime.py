@@ -569,7 +569,9 @@ class RetrievalLayer(LayerRuntime):
 
     def reset(self) -> None:
         self._forget()
-        self._board.pop(self.layout.layer_idx, None)
+        for kind, layer_idx in list(self._board):
+            if layer_idx == self.layout.layer_idx:
+                del self._board[kind, layer_idx]
         self.stats.reset()
         self.memory.clear_traffic()
 

@@ -102,8 +102,8 @@ class StepInputs:
     """What other layers have published, in this step or before."""
 
 
-Board = dict[int, Tensor]
-"""By layer: what it has published for the others. One a cache."""
+Board = dict[tuple[str, int], Tensor]
+"""By what it is and by layer: what a layer has published for the others. One a cache."""
 
 
 @frozen(kw_only=True, eq=False)

@@ -68,7 +68,7 @@ class Scorer(Stage):
         """
 
     def publish(self, query: Tensor, keys: Tensor, lengths: Tensor, layout: LayerLayout, board: Board) -> None:
-        """A dense layer of `sources` generates: enter something under its `layout.layer_idx` into the board.
+        """A dense layer of `sources` generates: enter something under a word and its `layout.layer_idx` into the board.
 
         query: [B, Hq, D]; keys: [B, H, L, D] by position, of which the first `lengths` [B] exist, the new token's
         included.
