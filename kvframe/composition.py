@@ -139,8 +139,8 @@ class Policy:
 
     @property
     def promises(self) -> tuple[Invariant, ...]:
-        """The invariants this composition keeps: all but those that one of its stages waives."""
-        waived = frozenset().union(*(self.stage(slot).waives for slot in SLOTS))
+        """The invariants this composition keeps: all but those that one of its stages, or a part of one, waives."""
+        waived = frozenset().union(*(part.waives for slot in SLOTS for part in self.stage(slot).with_parts()))
         return tuple(invariant for invariant in Invariant if invariant not in waived)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 FreeKV: Boosting KV Cache Retrieval for Efficient LLM Inference, 2025, arXiv 2505.13109.
 
-- trigger: every step selects for the next one with its own query; a KV head for which the mean of cos(q_{t-1}, q_t) over
-  its query heads is below tau selects at once
+- trigger: every step selects for the next one with its own query; a KV head for which the mean of cos(q_{t-1}, q_t)
+  over its query heads is below tau selects at once
 - units: pages of 32 consecutive tokens
 - scorer: Quest's bound from a page's smallest and largest keys, softmax over the pages for every query head, then the
   mean over the heads that share a KV head
 - selector: the highest pages, up to the budget
 - transfer: all KV on the host
 
-The paper's threshold is 0.8 for long inputs, the default here, and 0.9 for reasoning, `tau=0.9`. Its budget is 2048 tokens
-in all, 128 sinks and 128 recent ones among them; the remainder is `token_budget` here.
+The paper's threshold is 0.8 for long inputs, the default here, and 0.9 for reasoning, `tau=0.9`. Its budget is 2048
+tokens in all, 128 sinks and 128 recent ones among them; the remainder is `token_budget` here.
 
 Where ours differs from the paper:
 
@@ -20,8 +20,8 @@ Where ours differs from the paper:
   query of the step before: the same pages are attended, and the time is not hidden.
 - **Pages that become whole in between.** A selection made at the beginning of a step can name a page that left the
   window in this very step; the paper's could not.
-- **The page's summary** is a choice there; its authors' code has both the bound and ArkVale's digest. Ours is the bound,
-  and `swap(scorer=BoxBound(box="mean-deviation"))` takes the other.
+- **The page's summary** is a choice there; its authors' code has both the bound and ArkVale's digest. Ours is the
+  bound, and `swap(scorer=BoxBound(box="mean-deviation"))` takes the other.
 """
 
 from typing import Literal

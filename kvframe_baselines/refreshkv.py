@@ -5,7 +5,8 @@ RefreshKV: Updating Small KV Cache During Long-form Generation, 2024, arXiv 2411
 - trigger: every 5 steps the query is compared with that of the last full step; where their cosine is at most tau, the
   step attends to everything and the small cache is chosen anew. Each layer decides on its own
 - units: single tokens
-- scorer: the attention weights of the full step, the largest among the query heads of a group, max-pooled along the text
+- scorer: the attention weights of the full step, the largest among the query heads of a group, max-pooled along the
+  text
 - selector: the tokens with the highest scores
 - transfer: all KV on the device, as in the paper, whose full steps read all of it; `offload=True` keeps it on the host
 

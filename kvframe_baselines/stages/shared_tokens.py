@@ -25,7 +25,7 @@ class SharedTokens(Scorer):
     name: ClassVar[str] = "shared-tokens"
     capturable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
-    filter_layers: tuple[int, ...] = field(default=(2, 8, 18), converter=tuple, validator=integers(at_least=0))
+    filter_layers: tuple[int, ...] = field(default=(2, 8, 18), validator=integers(at_least=0))
     """Dense layers whose scores serve those behind them, ascending."""
     softmax: bool = field(default=False, validator=one_of(True, False))
     """Normalise each query head over all tokens before the largest is taken."""
@@ -112,7 +112,7 @@ def problems_of(policy: Policy, layout: ModelLayout) -> list[str]:
     early = [layer for layer in layout.retrieval_layers if layer < filters[0] and not policy.is_dense(layer)]
     if early:
         problems.append(
-            f"layer {early[0]} retrieves before the first filter layer of SharedTokens, {filters[0]}; make it dense, or "
-            "filter earlier"
+            f"layer {early[0]} retrieves before the first filter layer of SharedTokens, {filters[0]}; make it dense, "
+            "or filter earlier"
         )
     return problems

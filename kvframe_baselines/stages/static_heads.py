@@ -35,9 +35,10 @@ class StaticHeads(Trigger):
     arXiv 2410.10819).
 
     The paper learns a gate for each KV head. Here a head's score is the share of the attention of a prompt's last
-    queries that goes neither to the first `sink_size` tokens nor to the last `recent_size` before the query, meaned over
-    queries and the query heads of its group. Of all KV heads of all layers that retrieve, the share `sparsity` with the
-    lowest scores streams, for each sequence on its own. Heads that are known can be given instead. Nothing is selected.
+    queries that goes neither to the first `sink_size` tokens nor to the last `recent_size` before the query, the mean
+    over queries and over the query heads of its group. Of all KV heads of the layers under the policy, the share
+    `sparsity` with the lowest scores streams, for each sequence on its own. Heads that are known can be given instead.
+    Nothing is selected.
     """
 
     name: ClassVar[str] = "static-heads"
@@ -79,8 +80,8 @@ class StaticHeads(Trigger):
         own = self.full_heads[layout.layer_idx]
         if own and max(own) >= layout.num_kv_heads:
             raise ConfigError(
-                f"StaticHeads.full_heads names KV head {max(own)} in layer {layout.layer_idx}, the model has heads 0 to "
-                f"{layout.num_kv_heads - 1}"
+                f"StaticHeads.full_heads names KV head {max(own)} in layer {layout.layer_idx}, the model has heads 0 "
+                f"to {layout.num_kv_heads - 1}"
             )
         full = nobody.clone()
         full[:, list(own)] = True
@@ -106,9 +107,8 @@ class StaticHeads(Trigger):
         for place in range(num_queries):
             stop = num_keys - num_queries + place + 1
             left = None if alive is None else alive[:, :stop]
-            weights = attention_sums(
-                query[:, place : place + 1], keys[:, :stop], prompt.layout.sm_scale, left
-            )  # [H, G, stop]
+            weights = attention_sums(query[:, place : place + 1], keys[:, :stop], prompt.layout.sm_scale, left)
+            weights = weights.reshape(keys.shape[0], -1, stop)
             shares.append(weights[..., self.sink_size : max(self.sink_size, stop - self.recent_size)].sum(-1).mean(1))
         return torch.stack(shares).double().mean(0)
 
