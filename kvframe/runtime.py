@@ -349,7 +349,8 @@ class RetrievalLayer(LayerRuntime):
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.add(self.ledger.counts)
         out = self._attend(query, decision.full, lengths)
-        self._observe(inputs, decision.full, lengths)
+        # Attention was by the step's own query, whatever units were scored with.
+        self._observe(evolve(inputs, query=query[:, :, 0]), lengths)
         return out
 
     def _attend(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
@@ -377,11 +378,11 @@ class RetrievalLayer(LayerRuntime):
         keys, values = (units.index[name] for name in means)
         return rest_attention(query, keys, values, rest, self.layout.sm_scale)
 
-    def _observe(self, inputs: StepInputs, full: Tensor | None, lengths: list[int]) -> None:
+    def _observe(self, inputs: StepInputs, lengths: list[int]) -> None:
         """Let the scorer look back at the step."""
         scorer = self.policy.scorer
         if scorer.reads_attention:
-            scorer.observe(inputs, self.memory.weights(inputs.query, full, lengths), self._scorer_state)
+            scorer.observe(inputs, self.memory.weights(inputs.query, inputs.full, lengths), self._scorer_state)
         self._has_selected = True
         self._let_go()
 
