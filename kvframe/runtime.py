@@ -602,6 +602,12 @@ class RetrievalLayer(LayerRuntime):
         positions = self.positions.of(batch, self.capacity)[head][self.memory.attended_rows(batch, head)]
         return positions.sort().values.long()
 
+    def is_left(self, batch: int, head: int, stop: int) -> Tensor:
+        """bool [stop]: the first rows of a head that a transfer has not dropped."""
+        if self._survivors is None:
+            return torch.ones(stop, dtype=torch.bool)
+        return self._survivors.alive[batch, head, :stop].cpu()
+
     def unit_sizes(self, *, prompt: bool) -> Tensor:
         """Sizes of all closed prompt units, or of all closed segments, of every head; reads the device."""
         offsets, closed = self.ledger.unit_offsets, self.ledger.num_closed

@@ -23,7 +23,7 @@ from kvframe_baselines import (
     window,
 )
 from kvframe_baselines.stages import (
-    BoxBound,
+    BoundingBox,
     EstimationZone,
     PooledAttention,
     RefreshTrigger,
@@ -42,7 +42,7 @@ from kvframe_baselines.stages.shared_tokens import problems_of
 KVFRAME_API_VERSION = 1
 
 __all__ = [
-    "BoxBound",
+    "BoundingBox",
     "SpeculativeTrigger",
     "EstimationZone",
     "PooledAttention",
@@ -62,7 +62,7 @@ __all__ = [
 def kvframe_stages() -> Iterable[StageSpec]:
     """The stages that these policies add to the core's."""
     return [
-        StageSpec(BoxBound, paper="arXiv 2406.10774"),
+        StageSpec(BoundingBox, paper="arXiv 2406.10774"),
         StageSpec(SpeculativeTrigger, paper="arXiv 2505.13109"),
         StageSpec(EstimationZone, paper="arXiv 2505.02922"),
         StageSpec(PooledAttention, paper="arXiv 2411.05787"),

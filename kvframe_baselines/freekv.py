@@ -21,7 +21,7 @@ Where ours differs from the paper:
 - **Pages that become whole in between.** A selection made at the beginning of a step can name a page that left the
   window in this very step; the paper's could not.
 - **The page's summary** is a choice there; its authors' code has both the bound and ArkVale's digest. Ours is the
-  bound, and `swap(scorer=BoxBound(box="mean-deviation"))` takes the other.
+  bound, and `swap(scorer=BoundingBox(box="mean-deviation"))` takes the other.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ from attrs import frozen
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
 from kvframe.stages import HostPool, PageUnits, TopBudget
-from kvframe_baselines.stages import BoxBound, SpeculativeTrigger
+from kvframe_baselines.stages import BoundingBox, SpeculativeTrigger
 
 
 @frozen(kw_only=True)
@@ -55,7 +55,7 @@ def build_freekv(config: FreeKVConfig) -> Policy:
         name="freekv",
         trigger=SpeculativeTrigger(tau=config.tau),
         units=PageUnits(page_size=config.page_size),
-        scorer=BoxBound(),
+        scorer=BoundingBox(),
         selector=TopBudget(token_budget=config.token_budget),
         transfer=HostPool(),
         sink_size=config.sink_size,

@@ -26,7 +26,7 @@ from attrs import frozen
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
 from kvframe.stages import EveryStep, HostPool, PageUnits, TopBudget
-from kvframe_baselines.stages import BoxBound, TopP
+from kvframe_baselines.stages import BoundingBox, TopP
 
 
 @frozen(kw_only=True)
@@ -52,7 +52,7 @@ def build_twilight(config: TwilightConfig) -> Policy:
         name="twilight",
         trigger=EveryStep(),
         units=PageUnits(page_size=config.page_size),
-        scorer=BoxBound(),
+        scorer=BoundingBox(),
         selector=TopP(selector=TopBudget(token_budget=config.token_budget), p=config.p, bits=config.bits),
         transfer=HostPool(),
         sink_size=config.sink_size,

@@ -1,6 +1,6 @@
 """Stages that more than one of the papers here needs, or that another policy may want: one file each."""
 
-from kvframe_baselines.stages.box_bound import BoxBound
+from kvframe_baselines.stages.bounding_box import BoundingBox
 from kvframe_baselines.stages.estimation_zone import EstimationZone
 from kvframe_baselines.stages.pooled_attention import PooledAttention
 from kvframe_baselines.stages.refresh import RefreshTrigger
@@ -12,7 +12,7 @@ from kvframe_baselines.stages.static_heads import StaticHeads
 from kvframe_baselines.stages.top_p import TopP
 
 __all__ = [
-    "BoxBound",
+    "BoundingBox",
     "SpeculativeTrigger",
     "EstimationZone",
     "PooledAttention",

@@ -1,4 +1,4 @@
-"""DuoAttention (arXiv 2410.10819) by its definition: retrieval heads see everything, streaming heads sinks and window."""
+"""DuoAttention (arXiv 2410.10819) by its definition: retrieval heads see everything, the others sinks and window."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ def representatives(units: list[list[int]], weights: Vector) -> list[list[int]]:
 
 @pytest.mark.parametrize("heads", ["layer", "kv-head"])
 def test_the_blocks_with_the_best_representatives(heads: str):
-    """A block's score is the sum of the products with its representatives' keys, over the layer's heads or the group."""
+    """A block's score sums up products with its representatives' keys, over all heads of the layer or the group's."""
     steps = steps_of(kvframe.policy("infllm", **OPTIONS, heads=heads))
     weights = {(batch, head): received(steps, batch, head) for batch in (0, 1) for head in (0, 1)}
     chosen: dict[tuple[int, int, int], list[int]] = {}  # fixed when the block leaves the window
