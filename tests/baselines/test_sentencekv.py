@@ -10,7 +10,7 @@ from kvframe.errors import ConfigError, UnsupportedCallError
 from kvframe.testing.models import tiny_llama
 from kvframe_baselines import sentence_end_ids
 
-ENDS = (1, 4)
+ENDS = (1, 4, 6)
 OPTIONS = {"token_budget": 9, "sink_size": 2, "window_size": 4, "max_sentence": 5, "end_ids": ENDS}
 IDS = CASE.token_ids().span(0, 0, CASE.num_tokens).tolist()
 
