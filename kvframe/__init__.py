@@ -13,6 +13,7 @@ from kvframe.registry import Registry
 from kvframe.stages import (
     ClusterUnits,
     DecoupledUnits,
+    Drop,
     EveryStep,
     FixedStride,
     HostPool,
@@ -43,6 +44,7 @@ __all__ = [
     "ClusterUnits",
     "Decision",
     "DecoupledUnits",
+    "Drop",
     "EveryStep",
     "FixedStride",
     "HostPool",

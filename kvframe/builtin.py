@@ -6,6 +6,7 @@ from kvframe.hookspecs import API_VERSION, StageSpec, hookimpl
 from kvframe.stages import (
     ClusterUnits,
     DecoupledUnits,
+    Drop,
     EveryStep,
     FixedStride,
     HostPool,
@@ -39,5 +40,6 @@ def kvframe_stages() -> Iterable[StageSpec]:
         SelectNothing,
         HostPool,
         KeepOnDevice,
+        Drop,
     )
     return [StageSpec(stage) for stage in stages]

@@ -118,6 +118,7 @@ class RetrievalLayer(LayerRuntime):
         self.stats = RetrievalStats(layout)
         self.positions = RowPositions(layout)
         self._capacity = capacity
+        self._has_selected = False  # since the last prompt
         self._init_stages()
         self._tail: Tentative | None = None
         self._num_forgotten = 0
@@ -164,6 +165,7 @@ class RetrievalLayer(LayerRuntime):
         self.check_finite(keys, values, num_real)
         self._commit_tail()
         self.reserve(max(length + num for length, num in zip(self.ledger.lengths, num_real, strict=True)))
+        self._has_selected = False
         num_tail = keys.shape[2] - num_committed
         out = self._attend_in_full(query, keys, values, num_real, num_tail, ahead)
         committed = [max(0, num - num_tail) for num in num_real]
@@ -257,6 +259,8 @@ class RetrievalLayer(LayerRuntime):
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
                 self._extend_index(unit)
+                if self._survivors is not None:
+                    self._survivors.lose(unit, self.memory.attended())
         for batch, num in enumerate(num_real):
             own = slice(keys.shape[2] - num, keys.shape[2])
             self._take_in_row(batch, keys[batch, :, own], values[batch, :, own])
@@ -362,11 +366,16 @@ class RetrievalLayer(LayerRuntime):
         return rest_attention(query, index[means[0]], index[means[1]], rest, self.layout.sm_scale)
 
     def _observe(self, inputs: StepInputs, full: Tensor | None, lengths: list[int]) -> None:
-        """Let the scorer look back at the step, and a store that drops let go."""
+        """Let the scorer look back at the step."""
         scorer = self.policy.scorer
         if scorer.reads_attention:
             scorer.observe(inputs, self.memory.weights(inputs.query, full, lengths), self._scorer_state)
-        if self._survivors is not None:
+        self._has_selected = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What is neither attended to nor in the window is gone, once a step has selected from the prompt."""
+        if self._survivors is not None and self._has_selected:
             self._survivors.keep(self.memory.attended(), self.ledger.counts[LENGTH])
 
     def count_decoded(self, num_tokens: int) -> None:
@@ -504,6 +513,7 @@ class RetrievalLayer(LayerRuntime):
             for token in range(tail.num_tokens):
                 lengths = [length + 1 for length in self.ledger.lengths]
                 self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token], lengths)
+                self._let_go()
                 self._count_token()
 
     def crop(self, num_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from kvframe.stages.base import SLOTS, Slot, Stage
 from kvframe.stages.clusters import ClusterUnits
+from kvframe.stages.drop import Drop
 from kvframe.stages.scorer import MeanKey, Scorer
 from kvframe.stages.selector import SelectNothing, Selector, TopBudget
 from kvframe.stages.transfer import HostPool, KeepOnDevice, Transfer
@@ -12,6 +13,7 @@ __all__ = [
     "SLOTS",
     "ClusterUnits",
     "DecoupledUnits",
+    "Drop",
     "EveryStep",
     "FixedStride",
     "HostPool",
