@@ -5,15 +5,17 @@ Efficient Streaming Language Models with Attention Sinks, 2023, arXiv 2309.17453
 - trigger: never; selector: nothing
 - residency: 4 sinks and a window of 1020 tokens, in every layer
 - units, scorer: not asked
+- transfer: none, what leaves the window is dropped
 
 Where ours differs from the paper:
 
 - **Positions are those of the text.** The paper counts positions inside its cache, so that a text may outgrow the
   positions a model was trained for. Here keys keep their rotary embedding, and the model's own limit stays.
-- **Older KV goes to the host**, and the next turn of a chat attends to it in full, as with every policy here. While
-  generating, nothing comes back.
+- **A prompt attends in full**, and is dropped from at the first step after it. The paper's window moves through the
+  prompt as well.
 
-`window` is the same composition with the sizes of the other policies here.
+`window` attends to the same tokens, with the sizes of the other policies here, and keeps the others on the host for the
+next turn.
 """
 
 from typing import Literal
@@ -22,7 +24,7 @@ from attrs import frozen
 
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
-from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
+from kvframe.stages import Drop, MeanKey, Never, SelectNothing, TokenUnits
 
 
 @frozen(kw_only=True)
@@ -43,7 +45,7 @@ def build_streamingllm(config: StreamingLLMConfig) -> Policy:
         units=TokenUnits(),
         scorer=MeanKey(),
         selector=SelectNothing(),
-        transfer=HostPool(),
+        transfer=Drop(),
         sink_size=config.sink_size,
         window_size=config.window_size,
         dense_layers=config.dense_layers,

@@ -9,14 +9,18 @@ from kvframe.stages import PageUnits, Stage, TokenUnits
 
 # Values that make a short text go through everything a stage does, by the name of the option.
 SMALL_OPTIONS: dict[str, Any] = {
+    "beta": 3,
     "block_size": 11,
     "cluster_size": 3,
+    "kernel_size": 3,
     "max_segment": 5,
     "min_segment": 2,
     "num_iterations": 2,
+    "observation_window": 3,
     "output": TokenUnits(),
     "page_size": 3,
     "prompt": PageUnits(page_size=3),
+    "room": 3,
     "sink_size": 2,
     "stride": 3,
     "tau": 0.7,

@@ -29,12 +29,20 @@ _FEW = st.integers(1, 4)
 
 # By the name of the option. No unit is larger than the smallest budget.
 _OPTIONS: dict[str, SearchStrategy[Any]] = {
+    "alpha": st.sampled_from([0.0, 0.02, 0.1, 1.0]),
+    "beta": _FEW,
     "block_size": st.integers(5, 40),
     "cluster_size": _FEW,
+    "floor": st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    "kernel_size": st.sampled_from([1, 3, 5]),
     "max_segment": st.integers(1, 6),
     "min_segment": _FEW,
+    "mix": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     "num_iterations": st.integers(0, 3),
+    "observation_window": st.integers(1, 8),
     "page_size": _FEW,
+    "room": st.integers(0, 6),
+    "similarity": st.sampled_from([-0.5, 0.2, 0.5]),
     "sink_size": st.integers(0, 6),
     "split_factor": st.integers(1, 3),
     "stride": st.integers(1, 5),
