@@ -31,7 +31,8 @@ class AdaKVConfig:
     floor: float = 0.2
     """Part of the budget that every head has to itself."""
     sink_size: int = 0
-    window_size: int = 32
+    window_size: int = 33
+    """At the first step, the observing tokens and the one generated."""
     observation_window: int = 32
     """Queries at the end of the prompt that are asked."""
     kernel_size: int = 7

@@ -28,7 +28,8 @@ class PyramidKVConfig:
     beta: int = 20
     """How many times more the mean is than the top layer's budget."""
     sink_size: int = 0
-    window_size: int = 64
+    window_size: int = 65
+    """At the first step, the observing tokens and the one generated."""
     observation_window: int = 64
     """Queries at the end of the prompt that are asked."""
     kernel_size: int = 5

@@ -37,7 +37,8 @@ class SnapKVConfig:
 
     token_budget: int = 1024
     sink_size: int = 0
-    window_size: int = 32
+    window_size: int = 33
+    """At the first step, the observing tokens and the one generated."""
     observation_window: int = 32
     """Queries at the end of the prompt that are asked."""
     kernel_size: int = 7
