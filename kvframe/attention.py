@@ -37,11 +37,12 @@ def attention_sums(query: Tensor, keys: Tensor, sm_scale: float, alive: Tensor |
     """What each of L tokens of one sequence gets from the last T of them together, under causal attention.
 
     query: [Hq, T, D]; keys: [H, L, D], L >= T. alive: bool [H, L], the tokens that exist; None for all.
-    Returns [Hq, L] in at least float32; a row adds up to T. Takes so many queries at once that their scores stay small.
+    Returns [H, G, L] in at least float32, which adds up to T. Takes only so many queries at once that their scores stay
+    small.
     """
     num_queries, num_keys = query.shape[1], keys.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.unflatten(0, (keys.shape[0], -1))  # [H, G, T, D]
+    grouped = query.reshape(keys.shape[0], -1, num_queries, query.shape[-1])  # [H, G, T, D]
     sums = torch.zeros(*grouped.shape[:2], num_keys, dtype=dtype, device=query.device)
     columns = torch.arange(num_keys, device=query.device)
     at_once = max(1, _SCORES_AT_ONCE // (query.shape[0] * num_keys))
@@ -52,6 +53,6 @@ def attention_sums(query: Tensor, keys: Tensor, sm_scale: float, alive: Tensor |
         if alive is not None:
             seen = seen & alive[:, None, None]
         scores = torch.matmul((block * sm_scale).flatten(1, 2), keys.transpose(1, 2)).to(dtype)
-        scores = scores.unflatten(1, block.shape[1:3])
+        scores = scores.view(*block.shape[:3], num_keys)
         sums += scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(2)
-    return sums.flatten(0, 1)
+    return sums

@@ -9,6 +9,7 @@ from kvframe.stages import PageUnits, Stage, TokenUnits, TopBudget
 
 # Values that make a short text go through everything a stage does, by the name of the option.
 SMALL_OPTIONS: dict[str, Any] = {
+    "beta": 3,
     "block_size": 11,
     "byte_budget": 700,
     "cluster_size": 3,
@@ -25,9 +26,11 @@ SMALL_OPTIONS: dict[str, Any] = {
     "num_iterations": 2,
     "num_keys": 2,
     "num_queries": 4,
+    "observation_window": 3,
     "output": TokenUnits(),
     "page_size": 3,
     "prompt": PageUnits(page_size=3),
+    "room": 3,
     "selector": TopBudget(token_budget=10),
     "sink_size": 2,
     "stride": 3,
