@@ -34,8 +34,7 @@ class PooledAttention(Scorer):
         return 1
 
     def observe_prompt(self, prompt: PromptInputs, state: Any) -> None:
-        sums = attention_sums(prompt.query[:, -1:], prompt.keys, prompt.layout.sm_scale, prompt.alive)
-        weights = sums.reshape(prompt.keys.shape[0], -1, sums.shape[-1]).amax(1)
+        weights = attention_sums(prompt.query[:, -1:], prompt.keys, prompt.layout.sm_scale, prompt.alive).amax(1)
         order = prompt.positions().argsort(-1)
         prompt.notes[0].scatter_(1, order, self._pooled(weights.gather(1, order)).to(prompt.notes.dtype))
 

@@ -108,7 +108,6 @@ class StaticHeads(Trigger):
             stop = num_keys - num_queries + place + 1
             left = None if alive is None else alive[:, :stop]
             weights = attention_sums(query[:, place : place + 1], keys[:, :stop], prompt.layout.sm_scale, left)
-            weights = weights.reshape(keys.shape[0], -1, stop)
             shares.append(weights[..., self.sink_size : max(self.sink_size, stop - self.recent_size)].sum(-1).mean(1))
         return torch.stack(shares).double().mean(0)
 
