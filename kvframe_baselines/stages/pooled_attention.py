@@ -26,6 +26,7 @@ class PooledAttention(Scorer):
     name: ClassVar[str] = "pooled-attention"
     reads_prompt: ClassVar[bool] = True
     reads_attention: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
     kernel_size: int = field(default=7, validator=[integer(at_least=1), odd])
     """Neighbouring tokens that are pooled; odd."""
 

@@ -122,7 +122,10 @@ class StaticHeads(Trigger):
         return Decision(due=state.nobody, full=state.full)
 
     def _retrieval_heads(self, board: Board, layout: LayerLayout) -> Tensor:
-        """bool [B, H]: this layer's among the heads with the highest scores of all layers."""
+        """bool [B, H]: this layer's among the heads with the highest scores of all layers; all where no prompt was
+        read."""
+        if (_SCORES, layout.layer_idx) not in board:
+            return torch.ones(layout.batch_size, layout.num_kv_heads, dtype=torch.bool, device=layout.device)
         layers = sorted(layer for kind, layer in board if kind == _SCORES)
         scores = torch.cat([board[_SCORES, layer] for layer in layers], 1)  # [B, all heads]
         num_full = scores.shape[1] - round(self.sparsity * scores.shape[1])
