@@ -12,6 +12,7 @@ SMALL_OPTIONS: dict[str, Any] = {
     "beta": 3,
     "block_size": 11,
     "byte_budget": 700,
+    "by": PageUnits(page_size=2),
     "cluster_size": 3,
     "end_ids": (1, 4),
     "estimated_share": 0.4,
@@ -36,6 +37,7 @@ SMALL_OPTIONS: dict[str, Any] = {
     "stride": 3,
     "tau": 0.7,
     "token_budget": 10,
+    "units": PageUnits(page_size=3),
     "window_size": 4,
 }
 

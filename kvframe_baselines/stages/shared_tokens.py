@@ -41,7 +41,7 @@ class SharedTokens(Scorer):
 
     @property
     def num_notes(self) -> int:
-        return 1  # the position of a prompt's token, whose row may be another
+        return 1  # a token's position, as its row may be another
 
     def init(self, layout: LayerLayout) -> int:
         """The filter layer that serves this one.
@@ -61,6 +61,12 @@ class SharedTokens(Scorer):
         prompt.notes[0, :, num_tokens - num_new :] = torch.arange(
             num_tokens - num_new, num_tokens, dtype=prompt.notes.dtype, device=prompt.notes.device
         )
+
+    def probe(self, inputs: StepInputs, state: int) -> Tensor:
+        assert inputs.notes is not None and inputs.num_tokens is not None
+        position = inputs.num_tokens[..., None] - 1
+        inputs.notes[0].scatter_(-1, position, position.to(inputs.notes.dtype))
+        return inputs.query
 
     def publish(self, query: Tensor, keys: Tensor, lengths: Tensor, layout: LayerLayout, board: Board) -> None:
         """float [B, L] by position, -inf for tokens that do not exist."""
@@ -85,11 +91,8 @@ class SharedTokens(Scorer):
                 f"SharedTokens waits for the scores of layer {inputs.state}, which has none: a filter layer has to be "
                 "a dense one"
             )
-        noted = inputs.notes[0].long()
-        rows = torch.arange(noted.shape[-1], device=noted.device)
-        # What was generated lies in the row of its position, and so do sinks.
-        position = torch.where(noted > 0, noted, rows).clamp(max=published.shape[-1] - 1)
-        by_row = published[:, None].expand(*noted.shape[:2], -1).gather(-1, position)
+        position = inputs.notes[0].long().clamp(max=published.shape[-1] - 1)
+        by_row = published[:, None].expand(-1, position.shape[1], -1).gather(-1, position)
         return units.of_rows(by_row, "amax")
 
 
