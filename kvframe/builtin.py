@@ -7,6 +7,7 @@ from kvframe.stages import (
     ClusterUnits,
     DecoupledUnits,
     Drop,
+    EstimateRest,
     EveryStep,
     FixedStride,
     HostPool,
@@ -15,9 +16,12 @@ from kvframe.stages import (
     Never,
     Once,
     PageUnits,
+    QuantizedHostPool,
     SelectNothing,
+    SketchRerank,
     TokenUnits,
     TopBudget,
+    TopBytes,
 )
 
 KVFRAME_API_VERSION = API_VERSION
@@ -37,8 +41,12 @@ def kvframe_stages() -> Iterable[StageSpec]:
         DecoupledUnits,
         MeanKey,
         TopBudget,
+        TopBytes,
+        SketchRerank,
+        EstimateRest,
         SelectNothing,
         HostPool,
+        QuantizedHostPool,
         KeepOnDevice,
         Drop,
     )

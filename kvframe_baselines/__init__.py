@@ -21,7 +21,7 @@ from kvframe_baselines import (
 )
 from kvframe_baselines.stages import (
     AccumulatedAttention,
-    BoxBound,
+    BoundingBox,
     ImportanceRedundancy,
     LastAttention,
     LastUse,
@@ -34,7 +34,7 @@ KVFRAME_API_VERSION = 1
 
 __all__ = [
     "AccumulatedAttention",
-    "BoxBound",
+    "BoundingBox",
     "ImportanceRedundancy",
     "LastAttention",
     "LastUse",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _STAGES = (
-    StageSpec(BoxBound, paper="arXiv 2406.10774"),
+    StageSpec(BoundingBox, paper="arXiv 2406.10774"),
     StageSpec(AccumulatedAttention, paper="arXiv 2306.14048"),
     StageSpec(LastAttention, paper="arXiv 2401.06104"),
     StageSpec(WindowAttention, paper="arXiv 2404.14469"),

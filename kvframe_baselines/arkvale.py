@@ -26,7 +26,7 @@ from attrs import frozen
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
 from kvframe.stages import EveryStep, HostPool, PageUnits, TopBudget
-from kvframe_baselines.stages import BoxBound
+from kvframe_baselines.stages import BoundingBox
 
 
 @frozen(kw_only=True)
@@ -54,7 +54,7 @@ def build_arkvale(config: ArkValeConfig) -> Policy:
         name="arkvale",
         trigger=EveryStep(),
         units=PageUnits(page_size=config.page_size),
-        scorer=BoxBound(box=config.box, group_reduction=config.group_reduction, softmax=config.softmax),
+        scorer=BoundingBox(box=config.box, group_reduction=config.group_reduction, softmax=config.softmax),
         selector=TopBudget(token_budget=config.token_budget),
         transfer=HostPool(),
         sink_size=config.sink_size,

@@ -1,4 +1,7 @@
-"""Full attention, nothing retrieved: the upper bound."""
+"""Full attention, nothing retrieved: the upper bound.
+
+Through kvframe's own path: no layer is managed, and none of the stages is asked.
+"""
 
 from attrs import frozen
 

@@ -1,4 +1,9 @@
-"""The best tokens at a budget: what every selection is measured against."""
+"""The best tokens at a budget: what every selection is measured against.
+
+It is no way to save memory, since its index holds every key; it says how good a selection of that size can be. The
+score of a token is its share of the softmax over all tokens outside sinks and window, meaned over the query heads of a
+group.
+"""
 
 from typing import Literal
 
@@ -11,11 +16,7 @@ from kvframe.stages import EveryStep, HostPool, MeanKey, TokenUnits, TopBudget
 
 @frozen(kw_only=True)
 class OracleTopKConfig:
-    """Exact attention scores of single tokens, selected anew at every step.
-
-    Not a way to save memory: the index holds every key. The score of a token is its share of the softmax over all
-    tokens outside sinks and window, meaned over the query heads of a group.
-    """
+    """Exact attention scores of single tokens, selected anew at every step."""
 
     token_budget: int = 1024
     sink_size: int = 64

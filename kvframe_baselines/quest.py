@@ -26,7 +26,7 @@ from attrs import frozen
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
 from kvframe.stages import EveryStep, HostPool, KeepOnDevice, PageUnits, TopBudget
-from kvframe_baselines.stages import BoxBound
+from kvframe_baselines.stages import BoundingBox
 
 
 @frozen(kw_only=True)
@@ -54,7 +54,7 @@ def build_quest(config: QuestConfig) -> Policy:
         name="quest",
         trigger=EveryStep(),
         units=PageUnits(page_size=config.page_size),
-        scorer=BoxBound(group_reduction=config.group_reduction, softmax=config.softmax),
+        scorer=BoundingBox(group_reduction=config.group_reduction, softmax=config.softmax),
         selector=TopBudget(token_budget=config.token_budget),
         transfer=HostPool() if config.offload else KeepOnDevice(),
         sink_size=config.sink_size,

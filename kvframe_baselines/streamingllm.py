@@ -5,17 +5,16 @@ Efficient Streaming Language Models with Attention Sinks, 2023, arXiv 2309.17453
 - trigger: never; selector: nothing
 - residency: 4 sinks and a window of 1020 tokens, in every layer
 - units, scorer: not asked
-- transfer: none, what leaves the window is dropped
+- transfer: none, the rest is dropped
 
 Where ours differs from the paper:
 
 - **Positions are those of the text.** The paper counts positions inside its cache, so that a text may outgrow the
   positions a model was trained for. Here keys keep their rotary embedding, and the model's own limit stays.
-- **A prompt attends in full**, and is dropped from at the first step after it. The paper's window moves through the
-  prompt as well.
+- **A later turn of a chat** attends to what is left, as in the paper; the first one's prompt is attended in full, where
+  the paper would evict while it reads.
 
-`window` attends to the same tokens, with the sizes of the other policies here, and keeps the others on the host for the
-next turn.
+`window` attends to the same, in the sizes of the other policies here, and keeps the rest on the host for later turns.
 """
 
 from typing import Literal

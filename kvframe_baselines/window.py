@@ -1,4 +1,7 @@
-"""Sinks and recent tokens alone: the lower bound."""
+"""Sinks and recent tokens alone: the lower bound.
+
+Older KV goes to the host all the same, so that a later turn can attend to it in full. `streamingllm` drops it instead.
+"""
 
 from typing import Literal
 
@@ -11,11 +14,7 @@ from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
 
 @frozen(kw_only=True)
 class WindowConfig:
-    """Sinks and recent tokens; nothing comes back.
-
-    Older KV goes to the host all the same, so that later turns can attend to it in full. `streamingllm` is the same
-    with the sizes of its paper.
-    """
+    """Sinks and recent tokens; nothing comes back."""
 
     sink_size: int = 64
     window_size: int = 1024

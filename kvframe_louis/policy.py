@@ -8,8 +8,8 @@ LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arX
 - selector: whole units in the order of their scores, the last one cut to fit the budget
 - transfer: all KV on the host, missing rows are gathered
 
-We know of no code of its authors. Where the paper is silent, each choice is an option, and [LouisKV](../louiskv.md)
-lists them.
+We know of no code of its authors. Where the paper is silent, each choice is an option; the documentation's page on
+LouisKV lists them all, with the reasons.
 """
 
 from typing import ClassVar, Literal

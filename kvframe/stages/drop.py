@@ -1,6 +1,6 @@
 """Eviction: what is not selected is gone."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from attrs import frozen
 
@@ -21,7 +21,6 @@ class Drop(Transfer):
     name: ClassVar[str] = "drop"
     capturable: ClassVar[bool] = True
     drops: ClassVar[bool] = True
-    loses: ClassVar[Literal["nothing", "precision", "tokens"]] = "tokens"
     crosses_link: ClassVar[bool] = False
     waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.NO_TOKEN_LOST, Invariant.EXACT_BUDGET})
 

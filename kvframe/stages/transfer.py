@@ -1,7 +1,7 @@
 """Slot five: where does KV that is not resident live, and how does it return?"""
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from attrs import frozen
@@ -19,8 +19,6 @@ class Transfer(Stage):
     slot: ClassVar[Slot] = "transfer"
     drops: ClassVar[bool] = False
     """Whether a token that a decode step neither attends to nor holds in the window is gone for good."""
-    loses: ClassVar[Literal["nothing", "precision", "tokens"]] = "nothing"
-    """What is gone for good of a token that is not resident: nothing, digits of its numbers, or all of it."""
     crosses_link: ClassVar[bool] = True
     """Whether recalled rows come from the host."""
 

@@ -16,9 +16,10 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from kvframe.composition import Policy
+from kvframe.errors import ConfigError
 from kvframe.options import option_names
 from kvframe.registry import PolicyRecord, Registry, StageRecord, default_registry
-from kvframe.stages import SLOTS, Stage, Trigger
+from kvframe.stages import SLOTS, MeanKey, Selector, Stage, Trigger
 from kvframe.testing.cases import Case, Turn
 from kvframe.types import Decision, LayerLayout, StepInputs
 
@@ -32,16 +33,22 @@ _OPTIONS: dict[str, SearchStrategy[Any]] = {
     "alpha": st.sampled_from([0.0, 0.02, 0.1, 1.0]),
     "beta": _FEW,
     "block_size": st.integers(5, 40),
+    "byte_budget": st.integers(40, 2000),
     "cluster_size": _FEW,
+    "dense_layers": st.sampled_from([(), (0,), (1,)]),
     "floor": st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    "group_size": st.integers(1, 6),
     "kernel_size": st.sampled_from([1, 3, 5]),
     "max_segment": st.integers(1, 6),
+    "max_tokens": st.integers(4, 16),
     "min_segment": _FEW,
     "mix": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     "num_iterations": st.integers(0, 3),
     "observation_window": st.integers(1, 8),
+    "oversample": st.integers(1, 4),
     "page_size": _FEW,
     "room": st.integers(0, 6),
+    "run_length": st.integers(1, 3),
     "similarity": st.sampled_from([-0.5, 0.2, 0.5]),
     "sink_size": st.integers(0, 6),
     "split_factor": st.integers(1, 3),
@@ -154,11 +161,24 @@ def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
     choices = {slot: stages(slot) for slot in SLOTS}
     if not registered:
         choices["trigger"] |= st.builds(ScatteredTrigger, seed=st.integers(0, 100))
-    return st.builds(
-        lambda policy, changes: policy.swap(**changes),
-        variants(default_registry().policy_spec("louiskv")),
-        st.fixed_dictionaries({}, optional=choices),
+    changes: SearchStrategy[dict[Any, Any]] = st.fixed_dictionaries({}, optional=choices)
+    return (
+        st.tuples(variants(default_registry().policy_spec("louiskv")), changes)
+        .map(lambda drawn: _swapped(*drawn))
+        .filter(lambda policies: len(policies) > 0)
+        .map(lambda policies: policies[0])
     )
+
+
+def _swapped(policy: Policy, changes: dict[Any, Any]) -> tuple[Policy, ...]:
+    """Nothing where the stages are refused together, for a reason that tests of refusals look at."""
+    selector = changes.get("selector")
+    if isinstance(selector, Selector) and selector.needs_means:
+        changes = {**changes, "scorer": MeanKey(keep_values=True)}
+    try:
+        return (policy.swap(**changes),)
+    except ConfigError:
+        return ()
 
 
 @st.composite

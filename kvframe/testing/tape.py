@@ -29,6 +29,6 @@ class Tape:
         """The policy with its deciding stages on this tape."""
         return policy.swap(
             trigger=altered(policy.trigger, step=self),
-            units=altered(policy.units, build=self, boundary=self),
+            units=altered(policy.units, build_block=self, boundary=self),
             selector=altered(policy.selector, select=self),
         )

@@ -1,7 +1,7 @@
 """Stages that more than one of the papers here needs, or that another policy may want: one file each."""
 
 from kvframe_baselines.stages.accumulated_attention import AccumulatedAttention
-from kvframe_baselines.stages.box_bound import BoxBound
+from kvframe_baselines.stages.bounding_box import BoundingBox
 from kvframe_baselines.stages.importance_redundancy import ImportanceRedundancy
 from kvframe_baselines.stages.last_attention import LastAttention
 from kvframe_baselines.stages.last_use import LastUse
@@ -11,7 +11,7 @@ from kvframe_baselines.stages.window_attention import WindowAttention
 
 __all__ = [
     "AccumulatedAttention",
-    "BoxBound",
+    "BoundingBox",
     "ImportanceRedundancy",
     "LastAttention",
     "LastUse",

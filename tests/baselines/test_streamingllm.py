@@ -20,3 +20,4 @@ def test_published_defaults():
     policy = kvframe.policy("streamingllm")
 
     assert (policy.sink_size, policy.window_size, policy.dense_layers) == (4, 1020, ())
+    assert policy.transfer.drops

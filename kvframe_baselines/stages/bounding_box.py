@@ -13,7 +13,7 @@ from kvframe.validators import one_of
 
 
 @frozen(kw_only=True)
-class BoxBound(Scorer):
+class BoundingBox(Scorer):
     """Largest scaled product of the query with any point of a box around a unit's keys.
 
     The box "full" reaches from the smallest to the largest number in each channel, so that no key of the unit has a
@@ -22,7 +22,7 @@ class BoxBound(Scorer):
     single outlier.
     """
 
-    name: ClassVar[str] = "box-bound"
+    name: ClassVar[str] = "bounding-box"
     capturable: ClassVar[bool] = True
     box: Literal["full", "mean-deviation"] = field(default="full", validator=one_of("full", "mean-deviation"))
     """How far the box reaches from its centre."""
