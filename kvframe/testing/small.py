@@ -11,8 +11,8 @@ from kvframe.stages import PageUnits, Stage, TokenUnits, TopBudget
 SMALL_OPTIONS: dict[str, Any] = {
     "beta": 3,
     "block_size": 11,
-    "byte_budget": 700,
     "by": PageUnits(page_size=2),
+    "byte_budget": 700,
     "cluster_size": 3,
     "end_ids": (1, 4),
     "estimated_share": 0.4,
