@@ -166,7 +166,7 @@ def check_plugin(
     registry: Registry | None = None,
     max_examples: int | None = None,
 ) -> tuple[Summary, ...]:
-    """Check every policy of an installed plugin, and every stage of it that none of its policies has.
+    """Check every policy and every stage of an installed plugin.
 
     name: that of its entry point, as `kvframe list` shows it. The other arguments are those of `check_policy`.
 
