@@ -1,10 +1,13 @@
-"""The core's own plugin: the trivial members of every slot."""
+"""The core's own plugin: members of every slot that no single paper owns."""
 
 from collections.abc import Iterable
 
 from kvframe.hookspecs import API_VERSION, StageSpec, hookimpl
 from kvframe.stages import (
+    ClusterUnits,
     DecoupledUnits,
+    Drop,
+    EstimateRest,
     EveryStep,
     FixedStride,
     HostPool,
@@ -13,9 +16,12 @@ from kvframe.stages import (
     Never,
     Once,
     PageUnits,
+    QuantizedHostPool,
     SelectNothing,
+    SketchRerank,
     TokenUnits,
     TopBudget,
+    TopBytes,
 )
 
 KVFRAME_API_VERSION = API_VERSION
@@ -23,7 +29,7 @@ KVFRAME_API_VERSION = API_VERSION
 
 @hookimpl
 def kvframe_stages() -> Iterable[StageSpec]:
-    """Stages that need no paper."""
+    """Stages that belong to no one paper."""
     stages = (
         EveryStep,
         FixedStride,
@@ -31,11 +37,17 @@ def kvframe_stages() -> Iterable[StageSpec]:
         Once,
         TokenUnits,
         PageUnits,
+        ClusterUnits,
         DecoupledUnits,
         MeanKey,
         TopBudget,
+        TopBytes,
+        SketchRerank,
+        EstimateRest,
         SelectNothing,
         HostPool,
+        QuantizedHostPool,
         KeepOnDevice,
+        Drop,
     )
     return [StageSpec(stage) for stage in stages]

@@ -82,10 +82,10 @@ class Policy:
                 f"a budget of {capacity} tokens is smaller than one unit: {self.units!r} makes units of {unit_size}; "
                 "raise the budget or make the units smaller"
             )
-        if self.selector.estimates and self.scorer.means is None:
+        if self.selector.needs_means and self.scorer.means is None:
             raise ConfigError(
-                f"{type(self.selector).__name__} estimates what it does not retrieve from mean keys and values, and "
-                f"{self.scorer!r} keeps none; use a scorer that does, such as MeanKey(keep_values=True)"
+                f"{type(self.selector).__name__} works with mean keys and values of units, and {self.scorer!r} keeps "
+                "none; use a scorer that does, such as MeanKey(keep_values=True)"
             )
         if self.trigger.attends_in_full and self.transfer.drops:
             raise ConfigError(
@@ -129,7 +129,7 @@ class Policy:
     @property
     def promises(self) -> tuple[Invariant, ...]:
         """The invariants this composition keeps: all but those that one of its stages waives."""
-        waived = frozenset().union(*(self.stage(slot).waives for slot in SLOTS))
+        waived = frozenset().union(*(part.waives for slot in SLOTS for part in self.stage(slot).with_parts()))
         return tuple(invariant for invariant in Invariant if invariant not in waived)
 
     def to_dict(self) -> dict[str, Any]:

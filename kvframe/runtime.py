@@ -118,6 +118,7 @@ class RetrievalLayer(LayerRuntime):
         self.stats = RetrievalStats(layout)
         self.positions = RowPositions(layout)
         self._capacity = capacity
+        self._has_selected = False  # since the last prompt
         self._init_stages()
         self._tail: Tentative | None = None
         self._num_forgotten = 0
@@ -164,6 +165,7 @@ class RetrievalLayer(LayerRuntime):
         self.check_finite(keys, values, num_real)
         self._commit_tail()
         self.reserve(max(length + num for length, num in zip(self.ledger.lengths, num_real, strict=True)))
+        self._has_selected = False
         num_tail = keys.shape[2] - num_committed
         out = self._attend_in_full(query, keys, values, num_real, num_tail, ahead)
         committed = [max(0, num - num_tail) for num in num_real]
@@ -242,6 +244,8 @@ class RetrievalLayer(LayerRuntime):
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
                 self._extend_index(unit)
+                if self._survivors is not None:
+                    self._survivors.lose(unit, self.memory.attended())
         for batch, num in enumerate(num_real):
             own = slice(keys.shape[2] - num, keys.shape[2])
             self._take_in_row(batch, keys[batch, :, own], values[batch, :, own])
@@ -279,14 +283,12 @@ class RetrievalLayer(LayerRuntime):
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
         if self._index is not None:
-            width = keys.shape[-1]
             unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
             unit_ids = unit_ids.repeat_interleave(units.sizes.flatten(), output_size=units.order.numel())
-            entries = self.policy.scorer.index(
-                rows[..., :width], rows[..., width:], unit_ids.view(num_heads, -1), num_units
-            )
-            self._index.write(batch, columns, entries)
-        self._row_index.write(batch, start, rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :])
+            unit_ids = unit_ids.view(num_heads, -1)
+            ordered = rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :]
+            self._index.write(batch, columns, self.policy.scorer.index(*ordered, unit_ids, num_units))
+            self._row_index.write(batch, start, *ordered, unit_ids, num_units)
         if self._notes is not None:
             self._notes.reorder(batch, start, units.order)
         self.memory.store_block(batch, start, rows)
@@ -339,19 +341,24 @@ class RetrievalLayer(LayerRuntime):
             return None
         from kvframe_kernels.rest_attention import rest_attention
 
-        units = self._units()
+        units = self._units(self._index)
         rest = self.memory.unattended(units)
         if self._estimated is not None:
             rest = rest.masked_fill(~self._estimated[..., : units.max_units], 0)
-        index = self._index.view(units.max_units)
-        return rest_attention(query, index[means[0]], index[means[1]], rest, self.layout.sm_scale)
+        keys, values = (units.index[name] for name in means)
+        return rest_attention(query, keys, values, rest, self.layout.sm_scale)
 
     def _observe(self, inputs: StepInputs, full: Tensor | None, lengths: list[int]) -> None:
-        """Let the scorer look back at the step, and a store that drops let go."""
+        """Let the scorer look back at the step."""
         scorer = self.policy.scorer
         if scorer.reads_attention:
             scorer.observe(inputs, self.memory.weights(inputs.query, full, lengths), self._scorer_state)
-        if self._survivors is not None:
+        self._has_selected = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What is neither attended to nor in the window is gone, once a step has selected from the prompt."""
+        if self._survivors is not None and self._has_selected:
             self._survivors.keep(self.memory.attended(), self.ledger.counts[LENGTH])
 
     def count_decoded(self, num_tokens: int) -> None:
@@ -434,18 +441,20 @@ class RetrievalLayer(LayerRuntime):
             before = self._estimated.gather(-1, column)
             self._estimated.scatter_(-1, column, before | unit.leaves[..., None])
 
-    def _units(self) -> UnitTable:
+    def _units(self, index: UnitIndex) -> UnitTable:
         """The units that can be selected."""
+        max_units = max(1, self.ledger.visible_units())
         return UnitTable(
             offsets=self.ledger.unit_offsets,
             num_units=self.ledger.num_units,
-            max_units=max(1, self.ledger.visible_units()),
+            max_units=max_units,
+            index=index.view(max_units),
             row_index=self._row_index.tensors,
         )
 
     def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
-        policy, units = self.policy, self._units()
-        scores = policy.scorer.score(inputs, index.view(units.max_units), units)
+        policy, units = self.policy, self._units(index)
+        scores = policy.scorer.score(inputs, units.index, units)
         if self._survivors is not None:
             gone = ~self._survivors.units(units.offsets, units.max_units)
             scores = scores.masked_fill(gone, -math.inf)
@@ -486,6 +495,7 @@ class RetrievalLayer(LayerRuntime):
             for token in range(tail.num_tokens):
                 lengths = [length + 1 for length in self.ledger.lengths]
                 self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token], lengths)
+                self._let_go()
                 self._count_token()
 
     def crop(self, num_tokens: int) -> None:
@@ -553,6 +563,12 @@ class RetrievalLayer(LayerRuntime):
             return torch.arange(self.ledger.lengths[batch])
         positions = self.positions.of(batch, self.capacity)[head][self.memory.attended_rows(batch, head)]
         return positions.sort().values.long()
+
+    def is_left(self, batch: int, head: int, stop: int) -> Tensor:
+        """bool [stop]: the first rows of a head that a transfer has not dropped."""
+        if self._survivors is None:
+            return torch.ones(stop, dtype=torch.bool)
+        return self._survivors.alive[batch, head, :stop].cpu()
 
     def unit_sizes(self, *, prompt: bool) -> Tensor:
         """Sizes of all closed prompt units, or of all closed segments, of every head; reads the device."""

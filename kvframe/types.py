@@ -172,8 +172,10 @@ class UnitTable:
     """int64 [B, H]: units behind it do not exist."""
     max_units: int
     """U, what scores are padded to."""
+    index: Mapping[str, Tensor] = field(factory=dict)
+    """[B, H, U, ...] each: the scorer's summaries."""
     row_index: Mapping[str, Tensor] = field(factory=dict)
-    """[B, H, R, ...] each: what the selector keeps of every row that left the window."""
+    """[B, H, > R, ...] each: what the selector keeps of every row that left the window."""
 
     @property
     def sizes(self) -> Tensor:

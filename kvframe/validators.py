@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from kvframe.errors import ConfigError
+from kvframe.errors import ConfigError, SlotError
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -14,12 +14,15 @@ def _where(instance: Any, attribute: "attrs.Attribute[Any]") -> str:
     return f"{type(instance).__name__}.{attribute.name}"
 
 
-def integer(*, at_least: int) -> Validator:
-    """An int, not a bool, of at least this size."""
+def integer(*, at_least: int, or_none: bool = False) -> Validator:
+    """An int, not a bool, of at least this size; with `or_none` None as well."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if or_none and value is None:
+            return
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ConfigError(f"{_where(instance, attribute)} must be an integer >= {at_least}, got {value!r}")
+            wanted = f"an integer >= {at_least}" + (" or None" if or_none else "")
+            raise ConfigError(f"{_where(instance, attribute)} must be {wanted}, got {value!r}")
 
     return check
 
@@ -31,6 +34,16 @@ def one_of(*choices: Any) -> Validator:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             known = ", ".join(repr(choice) for choice in choices)
             raise ConfigError(f"{_where(instance, attribute)} must be one of {known}; got {value!r}")
+
+    return check
+
+
+def part(slot_cls: type[Any]) -> Validator:
+    """A stage of a slot, as part of another stage; raises SlotError."""
+
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, slot_cls):
+            raise SlotError(f"{_where(instance, attribute)} must be a {slot_cls.__name__}, got {value!r}")
 
     return check
 

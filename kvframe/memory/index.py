@@ -6,6 +6,7 @@ from torch import Tensor
 from kvframe.stages.scorer import Scorer
 from kvframe.stages.selector import Selector
 from kvframe.types import LayerLayout, LeavingUnits
+from kvframe_kernels.unit_index import unit_mean
 
 
 class UnitIndex:
@@ -57,7 +58,8 @@ class RowIndex:
 
     def __init__(self, layout: LayerLayout, selector: Selector, num_rows: int) -> None:
         heads = (layout.batch_size, layout.num_kv_heads)
-        sample = selector.row_index(*(states[:1, 0] for states in layout.zeros(1)))
+        keys, values = (states[:1, 0] for states in layout.zeros(1))
+        sample = selector.row_index(keys, values, keys)
         self.tensors = {
             name: torch.zeros(*heads, num_rows + 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
             for name, entry in sample.items()
@@ -72,11 +74,14 @@ class RowIndex:
                 more = tensor.new_zeros(*tensor.shape[:2], missing, *tensor.shape[3:])
                 self.tensors[name] = torch.cat([tensor, more], 2)
 
-    def write(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """A prompt block in unit order; keys [H, n, D], values [H, n, Dv]."""
-        if self.tensors:
-            for name, entry in self._selector.row_index(keys, values).items():
-                self.tensors[name][batch, :, start : start + keys.shape[1]] = entry
+    def write(self, batch: int, start: int, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> None:
+        """A prompt block in unit order; keys [H, n, D], values [H, n, Dv], and for each token its unit, int64
+        [H, n]."""
+        if not self.tensors:
+            return
+        centres = unit_mean(keys, unit_ids, num_units).gather(1, unit_ids[..., None].expand_as(keys))
+        for name, entry in self._selector.row_index(keys, values, centres).items():
+            self.tensors[name][batch, :, start : start + keys.shape[1]] = entry
 
     def extend(self, unit: LeavingUnits) -> None:
         """The unit of each head that leaves the window, where one does."""
@@ -86,7 +91,8 @@ class RowIndex:
         heads = unit.start.shape
         rows = unit.start[..., None] + torch.arange(unit.max_size, device=unit.start.device)
         inside = unit.leaves[..., None] & (unit_ids.view(*heads, -1) == 0)
-        for name, entry in self._selector.row_index(keys, values).items():
+        centres = unit_mean(keys, unit_ids, 1).expand_as(keys)
+        for name, entry in self._selector.row_index(keys, values, centres).items():
             tensor = self.tensors[name]
             column = torch.where(inside, rows, tensor.shape[2] - 1)
             column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))

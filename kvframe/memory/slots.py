@@ -38,6 +38,7 @@ class SlotMemory(LayerMemory):
             resident_rows=torch.full((*heads, capacity), -1, dtype=torch.int64, device=layout.device),
             sink_size=ledger.sink_size,
         )
+        store.hold_recent(self.slots.ring_size)
         self._marks = self._make_marks()
 
     def _make_marks(self) -> Tensor:

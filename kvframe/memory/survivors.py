@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvframe.types import LayerLayout
+from kvframe.types import LayerLayout, LeavingUnits
 
 
 class Survivors:
@@ -23,6 +23,12 @@ class Survivors:
         """A step has attended to the rows of a mask [B, H, R]; all others of the `lengths` [B, H] rows are gone."""
         to_come = torch.arange(self.alive.shape[-1], device=lengths.device) >= lengths[..., None]
         self.alive &= attended | to_come
+
+    def lose(self, unit: LeavingUnits, attended: Tensor) -> None:
+        """Units leave the window outside of a step; what of them is not in a mask [B, H, R] is gone."""
+        rows = torch.arange(self.alive.shape[-1], device=attended.device)
+        inside = (rows >= unit.start[..., None]) & (rows < (unit.start + unit.size)[..., None]) & unit.leaves[..., None]
+        self.alive &= attended | ~inside
 
     def units(self, offsets: Tensor, num_units: int) -> Tensor:
         """bool [B, H, num_units]: units of which something is left; unit u is the rows [offsets[u], offsets[u + 1])."""

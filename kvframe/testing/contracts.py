@@ -199,12 +199,12 @@ def _check_selector(selector: Selector, case: Case) -> None:
     scores = scores.masked_fill(torch.arange(max_units) >= counts[..., None], -math.inf)
     sizes = torch.randint(1, 7, (*heads, max_units), generator=generator)
     offsets = torch.cat([torch.full((*heads, 1), 2), 2 + sizes.cumsum(-1)], -1)
-    rows_kept = selector.row_index(
-        _randn(case, heads[0] * heads[1], int(offsets.max()), layout.head_dim),
-        _randn(case, heads[0] * heads[1], int(offsets.max()), layout.value_dim),
-    )
+    num_heads, num_rows = heads[0] * heads[1], int(offsets.max())
+    keys, values = (_randn(case, num_heads, num_rows, width) for width in (layout.head_dim, layout.value_dim))
+    rows_kept = selector.row_index(keys, values, keys * 0)
     kept = {name: rows.view(*heads, *rows.shape[1:]) for name, rows in rows_kept.items()}
-    units = UnitTable(offsets=offsets, num_units=counts, max_units=max_units, row_index=kept)
+    index = {"mean_key": torch.zeros(*heads, max_units, layout.head_dim, dtype=layout.dtype)}
+    units = UnitTable(offsets=offsets, num_units=counts, max_units=max_units, index=index, row_index=kept)
     made: Any = selector.select(_inputs(case, layout), scores, units)
     selection = made if isinstance(made, Selection) else Selection(*made)
     capacity = selector.capacity_in(layout)

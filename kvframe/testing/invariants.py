@@ -87,7 +87,7 @@ def units_are_disjoint(policy: Policy, case: Case, execution: Execution) -> None
 
 
 def kv_is_exact(policy: Policy, case: Case, execution: Execution) -> None:
-    """A row holds the key and the value of its position."""
+    """A row that is left holds the key and the value of its position."""
     run = start(policy, case, execution)
     for call, _ in run.calls():
         for batch in range(case.batch_size):
@@ -101,6 +101,7 @@ def kv_is_exact(policy: Policy, case: Case, execution: Execution) -> None:
             for head in range(case.num_kv_heads):
                 for what, states, own in stored:
                     same = (states[head] == own[batch, head, positions[head] + case.padding[batch]]).all(-1)
+                    same |= ~run.layer.is_left(batch, head, length)
                     if not same.all():
                         row = int((~same).nonzero()[0])
                         raise Broken(

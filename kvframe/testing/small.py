@@ -5,18 +5,22 @@ from typing import Any
 from kvframe.composition import Policy
 from kvframe.options import option_names
 from kvframe.registry import PolicyRecord, default_registry
-from kvframe.stages import PageUnits, Stage, TokenUnits
+from kvframe.stages import PageUnits, Stage, TokenUnits, TopBudget
 
 # Values that make a short text go through everything a stage does, by the name of the option.
 SMALL_OPTIONS: dict[str, Any] = {
     "block_size": 11,
+    "byte_budget": 700,
     "cluster_size": 3,
+    "group_size": 4,
     "max_segment": 5,
+    "max_tokens": 10,
     "min_segment": 2,
     "num_iterations": 2,
     "output": TokenUnits(),
     "page_size": 3,
     "prompt": PageUnits(page_size=3),
+    "selector": TopBudget(token_budget=10),
     "sink_size": 2,
     "stride": 3,
     "tau": 0.7,

@@ -16,9 +16,10 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from kvframe.composition import Policy
+from kvframe.errors import ConfigError
 from kvframe.options import option_names
 from kvframe.registry import PolicyRecord, Registry, StageRecord, default_registry
-from kvframe.stages import SLOTS, Stage, Trigger
+from kvframe.stages import SLOTS, MeanKey, Selector, Stage, Trigger
 from kvframe.testing.cases import Case, Turn
 from kvframe.types import Decision, LayerLayout, StepInputs
 
@@ -30,12 +31,17 @@ _FEW = st.integers(1, 4)
 # By the name of the option. No unit is larger than the smallest budget.
 _OPTIONS: dict[str, SearchStrategy[Any]] = {
     "block_size": st.integers(5, 40),
+    "byte_budget": st.integers(40, 2000),
     "cluster_size": _FEW,
     "dense_layers": st.sampled_from([(), (0,), (1,)]),
+    "group_size": st.integers(1, 6),
     "max_segment": st.integers(1, 6),
+    "max_tokens": st.integers(4, 16),
     "min_segment": _FEW,
     "num_iterations": st.integers(0, 3),
+    "oversample": st.integers(1, 4),
     "page_size": _FEW,
+    "run_length": st.integers(1, 3),
     "sink_size": st.integers(0, 6),
     "split_factor": st.integers(1, 3),
     "stride": st.integers(1, 5),
@@ -147,11 +153,24 @@ def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
     choices = {slot: stages(slot) for slot in SLOTS}
     if not registered:
         choices["trigger"] |= st.builds(ScatteredTrigger, seed=st.integers(0, 100))
-    return st.builds(
-        lambda policy, changes: policy.swap(**changes),
-        variants(default_registry().policy_spec("louiskv")),
-        st.fixed_dictionaries({}, optional=choices),
+    changes: SearchStrategy[dict[Any, Any]] = st.fixed_dictionaries({}, optional=choices)
+    return (
+        st.tuples(variants(default_registry().policy_spec("louiskv")), changes)
+        .map(lambda drawn: _swapped(*drawn))
+        .filter(lambda policies: len(policies) > 0)
+        .map(lambda policies: policies[0])
     )
+
+
+def _swapped(policy: Policy, changes: dict[Any, Any]) -> tuple[Policy, ...]:
+    """Nothing where the stages are refused together, for a reason that tests of refusals look at."""
+    selector = changes.get("selector")
+    if isinstance(selector, Selector) and selector.needs_means:
+        changes = {**changes, "scorer": MeanKey(keep_values=True)}
+    try:
+        return (policy.swap(**changes),)
+    except ConfigError:
+        return ()
 
 
 @st.composite
