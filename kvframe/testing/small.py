@@ -11,6 +11,7 @@ from kvframe.stages import PageUnits, Stage, TokenUnits, TopBudget
 SMALL_OPTIONS: dict[str, Any] = {
     "block_size": 11,
     "byte_budget": 700,
+    "by": PageUnits(page_size=2),
     "cluster_size": 3,
     "group_size": 4,
     "max_segment": 5,
@@ -25,6 +26,7 @@ SMALL_OPTIONS: dict[str, Any] = {
     "stride": 3,
     "tau": 0.7,
     "token_budget": 10,
+    "units": PageUnits(page_size=3),
     "window_size": 4,
 }
 

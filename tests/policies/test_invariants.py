@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import policy_records, record_id
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kvframe
@@ -37,8 +37,8 @@ def test_fixed_budgets_promise_everything(record: PolicyRecord):
 def test_promise_of_any_composition(invariant: Invariant, policy: Policy, case: Case, execution: Execution):
     """LouisKV with other stages, and with a trigger whose heads decide on their own, keeps what it promises, at every
     step and in both executions; bytes move in one of them alone."""
-    assume(invariant in policy.promises)
-    PROPERTIES[invariant](policy, case, execution)
+    if invariant in policy.promises:
+        PROPERTIES[invariant](policy, case, execution)
 
 
 every_policy = pytest.mark.parametrize("record", policy_records(), ids=record_id)
