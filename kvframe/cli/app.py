@@ -5,6 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from kvframe.cli.ablate import ablate
 from kvframe.cli.bench import bench
 from kvframe.cli.calibrate import calibrate
 from kvframe.cli.console import errors, out
@@ -46,7 +47,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, doctor, families):
+for command in (demo, generate, show, plan, calibrate, ablate, doctor, families):
     app.command()(command)
 app.command(name="list")(list_)
 app.add_typer(bench)
