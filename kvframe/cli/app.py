@@ -11,6 +11,7 @@ from kvframe.cli.calibrate import calibrate
 from kvframe.cli.console import errors, out
 from kvframe.cli.demo import demo
 from kvframe.cli.doctor import doctor
+from kvframe.cli.evaluate import evaluate
 from kvframe.cli.families import families
 from kvframe.cli.generate import generate
 from kvframe.cli.listing import list_
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, show, plan, calibrate, ablate, doctor, families):
     app.command()(command)
+app.command(name="eval")(evaluate)
 app.command(name="list")(list_)
 app.add_typer(bench)
 
