@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 from kvframe.cli.ablate import ablate
 from kvframe.cli.bench import bench
 from kvframe.cli.calibrate import calibrate
+from kvframe.cli.compare import compare
 from kvframe.cli.console import errors, out
 from kvframe.cli.demo import demo
 from kvframe.cli.doctor import doctor
@@ -48,7 +49,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, ablate, doctor, families):
+for command in (demo, generate, show, plan, calibrate, compare, ablate, doctor, families):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command(name="list")(list_)

@@ -1,4 +1,7 @@
-"""Tasks, metrics and studies: which policy, at which budget, on which model."""
+"""Evaluation: tasks made from a seed, figures of a policy on them, comparisons and studies.
+
+Importing this package loads neither transformers nor what the figures need; names come when they are first asked for.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,13 +9,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvframe.eval.running import run_study
     from kvframe.eval.study import Study
+    from kvframe.eval.tasks import TASKS, Sample, Task, Turn, task
+    from kvframe.eval.text import Haystack, haystack
 
-__all__ = ["Study", "run_study"]
+__all__ = ["TASKS", "Haystack", "Sample", "Study", "Task", "Turn", "haystack", "run_study", "task"]
 
-# Loaded when one of them is first asked for.
+# Names and the modules they come from.
 _LAZY = {
+    "Haystack": "kvframe.eval.text",
+    "haystack": "kvframe.eval.text",
+    "TASKS": "kvframe.eval.tasks",
+    "Sample": "kvframe.eval.tasks",
     "Study": "kvframe.eval.study",
+    "Task": "kvframe.eval.tasks",
+    "Turn": "kvframe.eval.tasks",
     "run_study": "kvframe.eval.running",
+    "task": "kvframe.eval.tasks",
 }
 
 

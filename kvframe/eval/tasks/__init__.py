@@ -1,0 +1,34 @@
+"""Tasks that are always there: made from a seed, and from a haystack where they need one."""
+
+from typing import Any
+
+from kvframe.errors import UnknownNameError
+from kvframe.eval.tasks.base import Sample, Task, Turn
+from kvframe.eval.tasks.copying import Copy
+from kvframe.eval.tasks.niah import NiahMultikey, NiahMultiquery, NiahMultivalue, NiahSingle
+from kvframe.options import configure
+from kvframe.suggest import hint
+
+__all__ = ["TASKS", "Sample", "Task", "Turn", "task"]
+
+TASKS: dict[str, type[Task]] = {
+    made.name: made
+    for made in (
+        NiahSingle,
+        NiahMultikey,
+        NiahMultivalue,
+        NiahMultiquery,
+        Copy,
+    )
+}
+"""Every task by its name."""
+
+
+def task(name: str, /, **options: Any) -> Task:
+    """A task by name, with its options.
+
+    Raises UnknownNameError for a name that is none, ConfigError for an option or value that does not fit.
+    """
+    if name not in TASKS:
+        raise UnknownNameError(f"there is no task {name!r}{hint(name, TASKS)}")
+    return configure(TASKS[name], options)
