@@ -1,6 +1,7 @@
 """`kvframe ablate`: a study from a Python file, run to its end however often it is broken off."""
 
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ import attrs
 import typer
 from rich.table import Table
 
-from kvframe.cli.console import check_choice, errors, out, print_json
+from kvframe.cli.console import check_choice, errors, out, print_json, print_table
 from kvframe.cli.listing import JSON
 from kvframe.errors import ConfigError
 
@@ -120,7 +121,7 @@ def _show(found: "Results") -> None:
     for row in rows:
         cells = [figure(name).show(row.figures[name].mean if name in row.figures else None) for name in names]
         table.add_row(row.label, row.task, "-" if row.budget is None else str(row.budget), *cells)
-    out().print(table)
+    print_table(table)
     for cell, outcome in found.failed():
         out().print(f"failed: {cell.title}: {outcome.reason}", markup=False)
 
@@ -144,33 +145,41 @@ def _list_cells(made: "Study", results: Path, json: bool) -> None:
             )
         print_json({"title": made.title, "cells": rows})
         return
-    table = Table(box=None, pad_edge=False)
-    for head in ("variant", "task"):
-        table.add_column(head)
-    for head in ("budget", "context", "seed", "device GiB", "host GiB", "predicted s"):
-        table.add_column(head, justify="right")
-    table.add_column("")
-    for cell in cells:
-        table.add_row(*_cell_row(cell, predicted[cell.key]), "done" if cell.key in outcomes else "")
-    console = out()
-    console.print(table)
+    print_table(_dry_table(cells, predicted, outcomes))
     left = [cell for cell in cells if cell.key not in outcomes]
     total = sum(found.seconds for cell in left if isinstance(found := predicted[cell.key], Estimate))
-    console.print(
-        f"\n{len(cells)} cells, {len(cells) - len(left)} of them done; the others take about {_time(total)} of one "
-        "worker by the planner, which counts arithmetic and memory traffic, and not Python",
+    out().print(
+        f"\n{len(cells)} cells, {len(cells) - len(left)} of them done; the others take {_time(total)} of one worker, as "
+        "the planner predicts from arithmetic and memory traffic; Python comes on top",
         markup=False,
     )
 
 
-def _cell_row(cell: "Cell", found: "Estimate | str") -> tuple[str, ...]:
-    task = cell.task.name + (" (timeline)" if cell.kind == "watch" else "")
-    budget = "-" if cell.budget is None else str(cell.budget)
-    place = (cell.label, task, budget, str(cell.context), str(cell.seed))
+def _dry_table(
+    cells: Iterable["Cell"], predicted: dict[str, "Estimate | str"], outcomes: Collection[str]
+) -> Table:
+    """A row for the cells that differ in their seed only."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        task = cell.task.name + (" (timeline)" if cell.kind == "watch" else "")
+        budget = "-" if cell.budget is None else str(cell.budget)
+        groups.setdefault((cell.label, task, budget, str(cell.context)), []).append(cell)
+    table = Table(box=None, pad_edge=False)
+    for head in ("variant", "task"):
+        table.add_column(head)
+    for head in ("budget", "context", "cells", "done", "device GiB", "host GiB", "s each"):
+        table.add_column(head, justify="right")
+    for place, own in groups.items():
+        done = sum(cell.key in outcomes for cell in own)
+        table.add_row(*place, str(len(own)), str(done), *_predicted(predicted[own[0].key]))
+    return table
+
+
+def _predicted(found: "Estimate | str") -> tuple[str, str, str]:
     if isinstance(found, str):
-        return (*place, "", "", found)
+        return "", "", found
     sizes = (f"{found.device_bytes / 2**30:.2f}", f"{found.host_bytes / 2**30:.2f}")
-    return (*place, *sizes, f"{found.seconds:.1f}" + ("" if found.fits else " (does not fit)"))
+    return (*sizes, f"{found.seconds:.1f}" + ("" if found.fits else " (does not fit)"))
 
 
 def _time(seconds: float) -> str:

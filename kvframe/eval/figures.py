@@ -1,7 +1,6 @@
 """Figures by name: what a reader calls them, and how they are written."""
 
 from collections.abc import Iterable, Mapping
-from statistics import fmean, stdev
 from typing import Any
 
 from attrs import frozen
@@ -32,6 +31,7 @@ FIGURES: dict[str, Figure] = {
     "kl": Figure("KL", ".4f", "low"),
     "kl_all": Figure("KL, all tokens", ".4f", "low"),
     "top1_agreement": Figure("top-1 agreement", ".1%", "high"),
+    "generated_score": Figure("score, free generation", ".1%", "high"),
     "nll_difference": Figure("NLL difference", "+.4f", "low"),
     "captured_mass": Figure("captured mass", ".1%", "high"),
     "oracle_recall": Figure("oracle recall", ".1%", "high"),
@@ -39,8 +39,14 @@ FIGURES: dict[str, Figure] = {
     "bytes_per_token": Figure("moved a token", ""),
     "retrieval_rate": Figure("retrieval rate", ".1%"),
     "hit_rate": Figure("hit rate", ".1%", "high"),
+    "kv_footprint": Figure("KV footprint", ".1%"),
+    "kv_footprint_gpu": Figure("KV footprint, GPU", ".1%", "low"),
+    "kv_active": Figure("KV read", ".1%"),
+    "kv_peak_gpu": Figure("KV peak, GPU", ".1%", "low"),
     "tokens_per_second": Figure("tokens/s", ".1f", "high"),
+    "prefill_seconds": Figure("prefill s", ".2f", "low"),
     "peak_memory": Figure("peak memory", ""),
+    "num_answers": Figure("answers", ",.0f"),
 }
 """In the order of a table's columns. A figure that is not here is shown behind them, by its own name."""
 
@@ -75,14 +81,17 @@ class Spread:
     """A figure over several seeds."""
 
     mean: float
-    deviation: float | None
-    """Standard deviation; None for a single value."""
+    reach: float | None
+    """Half of the 95 % confidence interval of the mean; None for a single value."""
     count: int
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Mean and standard deviation; None for no value."""
+    """Mean and confidence interval; None for no value."""
+    from kvframe.eval.statistics import mean_interval
+
     found = list(values)
-    if not found:
-        return None
-    return Spread(fmean(found), stdev(found) if len(found) > 1 else None, len(found))
+    if len(found) < 2:
+        return Spread(found[0], None, 1) if found else None
+    interval = mean_interval(found)
+    return Spread(interval.mean, interval.high - interval.mean, len(found))

@@ -49,25 +49,34 @@ class Store:
             raise ResultsFileError(f"{self.path}: there is no directory {self.path.absolute().parent}; make it first")
         self._lock = _lock(self.path)
         try:
-            is_new = not self.path.exists() or self.path.stat().st_size == 0
-            if not is_new:
-                check_format(self.path)
-            self._database = self._open(is_new)
+            if not self.path.exists() or self.path.stat().st_size == 0:
+                self._create()
+            check_format(self.path)
+            self._database = self._open()
         except BaseException:
             self._unlock()
             raise
 
-    def _open(self, is_new: bool) -> sqlite3.Connection:
+    def _create(self) -> None:
+        """Put an empty results file in place, whole or not at all: a start that is broken off leaves none."""
+        built = self.path.with_name(self.path.name + ".new")
+        with self._explained():
+            built.unlink(missing_ok=True)
+            database = sqlite3.connect(built, isolation_level=None)
+            try:
+                database.executescript(
+                    f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; PRAGMA application_id = {APPLICATION_ID};"
+                    " COMMIT; PRAGMA journal_mode = WAL;"
+                )
+            finally:
+                database.close()
+            built.replace(self.path)
+
+    def _open(self) -> sqlite3.Connection:
         with self._explained():
             database = sqlite3.connect(self.path, timeout=_LOCK_SECONDS, isolation_level=None)
             try:
-                database.execute("PRAGMA journal_mode = WAL")
                 database.execute("PRAGMA synchronous = FULL")  # a cell that was reported done survives a power cut
-                if is_new:
-                    database.executescript(
-                        f"BEGIN; {_TABLES} PRAGMA user_version = {FORMAT}; PRAGMA application_id = {APPLICATION_ID};"
-                        " COMMIT;"
-                    )
             except BaseException:
                 database.close()
                 raise
@@ -134,6 +143,8 @@ class Store:
             yield
         except sqlite3.Error as error:
             raise ResultsFileError(f"{self.path}: {_explain(error)}") from error
+        except OSError as error:
+            raise ResultsFileError(f"{self.path}: {_CANNOT_OPEN.format(error)}") from error
 
     def _unlock(self) -> None:
         # Removed while it is still held, so that nobody else holds it.

@@ -115,7 +115,7 @@ class Study:
     of them on every task, at every budget, with every seed. Nothing is run by making one.
 
     Raises ConfigError, before anything runs, for whatever cannot be run: a task that is none, a stage that does not fit
-    its slot or a budget, two variants of one name.
+    its slot or a budget, two variants of one name; and UnknownNameError for a metric that there is not.
     """
 
     model: str = field(converter=_to_text)
@@ -156,6 +156,13 @@ class Study:
                 raise ConfigError(f"Study.tasks takes tasks, got {task!r}; make one with kvframe.eval.task(name, ...)")
         if any(task in value[:place] for place, task in enumerate(value)):
             raise ConfigError("Study.tasks has a task twice; the same task with other options is another one")
+
+    @metrics.validator
+    def _check_metrics(self, attribute: Any, value: tuple[str, ...] | None) -> None:
+        from kvframe.eval.metrics import check_metrics
+
+        if value is not None:
+            check_metrics(value)
 
     @haystack.validator
     def _check_haystack(self, attribute: Any, value: str | None) -> None:

@@ -43,7 +43,7 @@ def test_a_field_of_a_policy_can_vary(model: Path) -> None:
 
     labels = [variant.label for variant in study.variants()[1:]]
     assert labels == ["window_size: 32", "window_size: 64", "dense_layers: ()", "dense_layers: (0, 1)",
-                      "units: page page_size=8"]  # fmt: skip
+                      "units: pages page_size=8"]  # fmt: skip
 
 
 def test_cells(model: Path) -> None:

@@ -8,7 +8,7 @@ from kvframe.eval.running import Results
 
 __all__ = ["check_report_packages", "write_report"]
 
-_PACKAGES = ("jinja2", "matplotlib")
+_PACKAGES = ("jinja2", "matplotlib", "scipy")
 
 
 def check_report_packages() -> None:

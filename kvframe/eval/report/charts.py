@@ -93,7 +93,7 @@ def _points(rows: Iterable[Row], label: str, goal: str, cost: str) -> list[Point
     for own in by_budget.values():
         x, y = spread(row.figures[cost].mean for row in own), spread(row.figures[goal].mean for row in own)
         assert x is not None and y is not None
-        errors = [row.figures[goal].deviation or 0.0 for row in own]
+        errors = [row.figures[goal].reach or 0.0 for row in own]
         error = math.sqrt(sum(each**2 for each in errors)) / len(errors)
         points.append(Point(x=x.mean, y=y.mean, low=y.mean - error, high=y.mean + error))
     return sorted(points, key=lambda point: point.x)

@@ -190,10 +190,10 @@ def _table(rows: Sequence[Row]) -> dict[str, Any]:
 def _table_cell(row: Row, name: str) -> dict[str, Any]:
     found = row.figures.get(name)
     if found is None:
-        return {"name": name, "value": None, "text": "–", "deviation": None}
+        return {"name": name, "value": None, "text": "–", "reach": None}
     shown = figure(name)
-    deviation = None if not found.deviation else shown.show(found.deviation).lstrip("+")
-    return {"name": name, "value": repr(found.mean), "text": shown.show(found.mean), "deviation": deviation}
+    reach = shown.show(found.reach).lstrip("+") if found.reach else None
+    return {"name": name, "value": repr(found.mean), "text": shown.show(found.mean), "reach": reach}
 
 
 def _environment(results: Results) -> list[tuple[str, str]]:

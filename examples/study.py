@@ -1,0 +1,34 @@
+"""A small study: what each stage of LouisKV is worth on SmolLM2, on two tasks, at two budgets.
+
+    kvframe ablate examples/study.py --results study.sqlite --report study-report
+
+About six minutes on two cores. Break it off whenever you like: the same command goes on where it stopped.
+"""
+
+import kvframe
+import kvframe.eval
+from kvframe.models import fetch_smollm2
+from kvframe_louis import ClusterUnits
+
+study = kvframe.eval.Study(
+    title="LouisKV on SmolLM2, one stage at a time",
+    model=fetch_smollm2(),
+    dtype="float32",
+    tasks=[
+        kvframe.eval.task("niah_multiquery", num_needles=4),
+        kvframe.eval.task("copy", copy_tokens=48),
+    ],
+    base=kvframe.policy("louiskv", sink_size=16, window_size=64),
+    vary={
+        "trigger": [kvframe.EveryStep(), kvframe.FixedStride(stride=8), kvframe.Once()],
+        "units": [kvframe.PageUnits(), ("units: clusters of 8", ClusterUnits(cluster_size=8))],
+        "scorer": [("scorer: max over the group", kvframe.MeanKey(group_reduction="max"))],
+    },
+    policies=[
+        kvframe.policy("oracle_topk", sink_size=16, window_size=64),
+        kvframe.policy("window", sink_size=16, window_size=192),
+    ],
+    token_budget=[64, 256],
+    context=1536,
+    seeds=range(2),
+)
