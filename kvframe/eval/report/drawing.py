@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -119,10 +120,12 @@ def drawing(width: float, height: float, **options: Any) -> Iterator[tuple["Figu
 
 def picture(figure: "Figure", name: str, caption: str) -> Picture:
     """What a figure looks like, inside its `drawing` block."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    pixels = io.BytesIO()
-    figure.savefig(pixels, format="png", dpi=_PNG_DPI, facecolor="white")
+    text, pixels = io.StringIO(), io.BytesIO()
+    with warnings.catch_warnings():
+        # A generated text may have signs of any script; where the page is read there are more fonts than here.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(pixels, format="png", dpi=_PNG_DPI, facecolor="white")
     svg = text.getvalue()
     return Picture(name=name, caption=caption, inline=_inline(svg, caption), svg=svg, png=pixels.getvalue())
 

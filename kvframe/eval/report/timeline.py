@@ -53,7 +53,7 @@ def _tokens(found: Mapping[str, Any]) -> list[Token]:
         if any(sources):
             place = max(range(len(sources)), key=sources.__getitem__)
             note += f", most from “{' '.join(found['places'][place].split())}”"
-        tokens.append(Token(text=text, share=share, note=note))
+        tokens.append(Token(text=_printable(text, keep="\n\t"), share=share, note=_printable(note)))
     return tokens
 
 
@@ -110,5 +110,11 @@ def _column_means(rows: Sequence[Sequence[float]]) -> list[float]:
 
 def _short(text: str) -> str:
     """A token as a tick: one line, no longer than others."""
-    flat = text.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$").strip(" ")
-    return flat if len(flat) <= _LONGEST_TOKEN else flat[: _LONGEST_TOKEN - 1] + "…"
+    flat = _printable(text.replace("\n", "⏎").replace("\t", "⇥").strip(" "))
+    flat = flat if len(flat) <= _LONGEST_TOKEN else flat[: _LONGEST_TOKEN - 1] + "…"
+    return flat.replace("$", r"\$")  # which would begin a formula
+
+
+def _printable(text: str, keep: str = "") -> str:
+    """Text without signs that nothing can show, and that XML does not allow."""
+    return "".join(char if char.isprintable() or char in keep else "·" for char in text)
