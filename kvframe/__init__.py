@@ -12,6 +12,8 @@ from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.stages import (
     DecoupledUnits,
+    Drop,
+    EstimateRest,
     EveryStep,
     FixedStride,
     HostPool,
@@ -20,16 +22,31 @@ from kvframe.stages import (
     Never,
     Once,
     PageUnits,
+    QuantizedHostPool,
     Scorer,
     SelectNothing,
     Selector,
+    SketchRerank,
     TokenUnits,
     TopBudget,
+    TopBytes,
     Transfer,
     Trigger,
     UnitBuilder,
 )
-from kvframe.types import Decision, Invariant, LayerLayout, LeavingUnits, ModelLayout, StepInputs, Units, UnitTable
+from kvframe.types import (
+    BlockInputs,
+    Decision,
+    Invariant,
+    LayerLayout,
+    LeavingUnits,
+    ModelLayout,
+    PromptInputs,
+    Selection,
+    StepInputs,
+    Units,
+    UnitTable,
+)
 
 if TYPE_CHECKING:
     from kvframe.calibration import calibrate
@@ -39,8 +56,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockInputs",
     "Decision",
     "DecoupledUnits",
+    "Drop",
+    "EstimateRest",
     "EveryStep",
     "FixedStride",
     "HostPool",
@@ -55,16 +75,21 @@ __all__ = [
     "PageUnits",
     "Policy",
     "PolicySpec",
+    "PromptInputs",
+    "QuantizedHostPool",
     "Registry",
     "Report",
     "RetrievalCache",
     "Scorer",
     "SelectNothing",
+    "Selection",
     "Selector",
+    "SketchRerank",
     "StageSpec",
     "StepInputs",
     "TokenUnits",
     "TopBudget",
+    "TopBytes",
     "Transfer",
     "Trigger",
     "UnitBuilder",

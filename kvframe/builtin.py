@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from kvframe.hookspecs import API_VERSION, StageSpec, hookimpl
 from kvframe.stages import (
     DecoupledUnits,
+    Drop,
+    EstimateRest,
     EveryStep,
     FixedStride,
     HostPool,
@@ -13,9 +15,12 @@ from kvframe.stages import (
     Never,
     Once,
     PageUnits,
+    QuantizedHostPool,
     SelectNothing,
+    SketchRerank,
     TokenUnits,
     TopBudget,
+    TopBytes,
 )
 
 KVFRAME_API_VERSION = API_VERSION
@@ -34,8 +39,13 @@ def kvframe_stages() -> Iterable[StageSpec]:
         DecoupledUnits,
         MeanKey,
         TopBudget,
+        TopBytes,
+        SketchRerank,
+        EstimateRest,
         SelectNothing,
         HostPool,
+        QuantizedHostPool,
         KeepOnDevice,
+        Drop,
     )
     return [StageSpec(stage) for stage in stages]

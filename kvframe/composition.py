@@ -82,6 +82,16 @@ class Policy:
                 f"a budget of {capacity} tokens is smaller than one unit: {self.units!r} makes units of {unit_size}; "
                 "raise the budget or make the units smaller"
             )
+        if self.selector.needs_means and self.scorer.means is None:
+            raise ConfigError(
+                f"{type(self.selector).__name__} works with mean keys and values of units, and {self.scorer!r} keeps "
+                "none; use a scorer that does, such as MeanKey(keep_values=True)"
+            )
+        if self.trigger.attends_in_full and self.transfer.drops:
+            raise ConfigError(
+                f"{type(self.trigger).__name__} has steps attend to everything, and {type(self.transfer).__name__} "
+                "keeps only what is selected; use a transfer that keeps everything, such as HostPool"
+            )
 
     def stage(self, slot: Slot) -> Stage:
         """The stage in a slot."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,19 @@ class DenseLayer(LayerRuntime):
     """One buffer of the planned capacity, and a length a sequence. Padding is not stored.
 
     The host knows the lengths; on a device they lie there as well, for steps that a CUDA graph repeats.
+
+    publish: called in every decode step with query [B, Hq, D], keys [B, H, L, D], lengths [B] on the device and the
+    layout, for layers behind this one; None where nobody asks.
     """
 
-    def __init__(self, layout: LayerLayout, capacity: int) -> None:
+    def __init__(
+        self,
+        layout: LayerLayout,
+        capacity: int,
+        publish: Callable[[Tensor, Tensor, Tensor, LayerLayout], Any] | None = None,
+    ) -> None:
         super().__init__(layout)
+        self._publish = publish
         self._keys, self._values = layout.zeros(capacity)
         self._lengths = [0] * layout.batch_size
         self._stored = torch.zeros(layout.batch_size, dtype=torch.int64, device=layout.device)
@@ -77,11 +87,16 @@ class DenseLayer(LayerRuntime):
             stops = [length + num_new for length in self._lengths]
             self._store(keys, values, stops)
             self._stored += num_new
+            if self._publish is not None:
+                # Layers behind retrieve for the first token only; the others are proposals.
+                self._publish(query[:, :, 0], self._keys[:, :, : max(stops)], self._stored - num_new + 1, self.layout)
             return self._attend(query, num_real, stops)
         place = self._stored[:, None, None, None].expand(-1, self.layout.num_kv_heads, 1, -1)
         self._keys.scatter_(2, place.expand(-1, -1, -1, keys.shape[-1]), keys)
         self._values.scatter_(2, place.expand(-1, -1, -1, values.shape[-1]), values)
         self._stored += 1
+        if self._publish is not None:
+            self._publish(query[:, :, 0], self._keys, self._stored, self.layout)
         return slot_attention(query, self._keys, self._values, None, self.layout.sm_scale, lengths=self._stored)[0]
 
     def count_decoded(self, num_tokens: int) -> None:

@@ -1,5 +1,6 @@
 """One layer's step: calls the five stages in order. It has no policy of its own."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +10,30 @@ from torch import Tensor
 
 from kvframe.attention import causal_attention
 from kvframe.composition import Policy
+from kvframe.errors import UnsupportedCallError
 from kvframe.layer import LayerRuntime
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.dense import DenseMemory, ShadowMemory
-from kvframe.memory.index import UnitIndex
-from kvframe.memory.ledger import Ledger
+from kvframe.memory.index import RowIndex, UnitIndex
+from kvframe.memory.ledger import LENGTH, Ledger
+from kvframe.memory.notes import TokenNotes
 from kvframe.memory.positions import RowPositions
 from kvframe.memory.slots import SlotMemory
+from kvframe.memory.survivors import Survivors
+from kvframe.memory.token_ids import TokenIds
 from kvframe.stats import RetrievalStats
-from kvframe.types import Execution, LayerLayout, LeavingUnits, StepInputs, UnitTable
+from kvframe.types import (
+    BlockInputs,
+    Board,
+    Decision,
+    Execution,
+    LayerLayout,
+    LeavingUnits,
+    PromptInputs,
+    Selection,
+    StepInputs,
+    UnitTable,
+)
 from kvframe_kernels.kmeans import write_in_order
 from kvframe_kernels.slot_attention import slot_attention
 
@@ -43,17 +59,45 @@ class Tentative:
         return Tentative(self.query[:, :, :num_tokens], self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens])
 
 
+@define(eq=False)
+class Ahead:
+    """Heads that select for the step to come, and the query that they select with; written in place."""
+
+    query: Tensor  # [B, Hq, D]
+    due: Tensor  # bool [B, H]
+
+    @classmethod
+    def none(cls, layout: LayerLayout) -> "Ahead":
+        """No head does."""
+        query = torch.zeros(
+            layout.batch_size, layout.num_qo_heads, layout.head_dim, dtype=layout.dtype, device=layout.device
+        )
+        return cls(query, torch.zeros(layout.batch_size, layout.num_kv_heads, dtype=torch.bool, device=layout.device))
+
+
 class RetrievalLayer(LayerRuntime):
     """A layer under a policy: ledger, memory, index, and the running state of the stages.
 
     backend: attention over slots, called as `kvframe_kernels.slot_attention.slot_attention`, which it replaces.
+    board: what layers publish for each other; token_ids: the ids of all tokens, where a stage asks for them.
     """
 
     def __init__(
-        self, layout: LayerLayout, policy: Policy, capacity: int, execution: Execution, backend: Any = None
+        self,
+        layout: LayerLayout,
+        policy: Policy,
+        capacity: int,
+        execution: Execution,
+        backend: Any = None,
+        *,
+        board: Board | None = None,
+        token_ids: TokenIds | None = None,
     ) -> None:
         super().__init__(layout)
         self.policy = policy
+        self._board = board
+        self._token_ids = token_ids
+        self._row_bytes = policy.transfer.row_bytes(layout)
         self.ledger = Ledger(
             layout,
             sink_size=policy.sink_size,
@@ -64,11 +108,18 @@ class RetrievalLayer(LayerRuntime):
         self.memory = _make_memory(layout, policy, self.ledger, capacity, execution, backend)
         # Where nothing can be selected, nothing is scored.
         self._index = UnitIndex(layout, policy.scorer) if policy.selector.capacity else None
+        self._row_index = RowIndex(layout, policy.selector, capacity)
+        scorer, drops = policy.scorer, policy.transfer.drops
+        self._notes = TokenNotes(layout, scorer.num_notes, capacity) if scorer.num_notes else None
+        self._survivors = Survivors(layout, capacity) if drops and execution != "shadow" else None
+        self._ahead = Ahead.none(layout) if policy.trigger.selects_ahead else None
+        self._estimated: Tensor | None = None  # bool [B, H, U], units that may be estimated
+        self._full: Tensor | None = None  # bool [B, H], heads that attended to everything in the last step
         self.stats = RetrievalStats(layout)
         self.positions = RowPositions(layout)
         self._capacity = capacity
-        self._trigger_state: Any = policy.trigger.init(layout)
-        self._units_state: Any = policy.units.init(layout)
+        self._has_selected = False  # since the last prompt
+        self._init_stages()
         self._tail: Tentative | None = None
         self._num_forgotten = 0
         self._on_cpu = layout.device.type == "cpu"
@@ -90,6 +141,9 @@ class RetrievalLayer(LayerRuntime):
         before = self._capacity
         self._capacity = max(num_rows, before + _SLAB_ROWS)
         self.memory.reserve(self._capacity)
+        for kept in (self._row_index, self._notes, self._survivors):
+            if kept is not None:
+                kept.reserve(self._capacity)
         if not self.ledger.in_prompt:
             self._reserve_units(self.ledger.max_units + (self._capacity - before) // self.ledger.min_size + 1)
 
@@ -111,11 +165,15 @@ class RetrievalLayer(LayerRuntime):
         self.check_finite(keys, values, num_real)
         self._commit_tail()
         self.reserve(max(length + num for length, num in zip(self.ledger.lengths, num_real, strict=True)))
-        out = self._attend_in_full(query, keys, values, num_real, ahead)
+        self._has_selected = False
         num_tail = keys.shape[2] - num_committed
+        out = self._attend_in_full(query, keys, values, num_real, num_tail, ahead)
         committed = [max(0, num - num_tail) for num in num_real]
         self._take_in(keys[:, :, :num_committed], values[:, :, :num_committed], committed)
         self.policy.trigger.begin(query[:, :, num_committed - 1], self._trigger_state)
+        self.policy.scorer.begin(query[:, :, num_committed - 1], self._scorer_state)
+        if self._ahead is not None:
+            self._ahead.due.zero_()
         if num_tail:
             self._tail = Tentative(
                 query[:, :, num_committed:], keys[:, :, num_committed:], values[:, :, num_committed:]
@@ -123,11 +181,20 @@ class RetrievalLayer(LayerRuntime):
         return out
 
     def _attend_in_full(
-        self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], ahead: Callable[[], None] | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_real: list[int],
+        num_tail: int,
+        ahead: Callable[[], None] | None,
     ) -> Tensor:
-        """Full causal attention of the real tokens over everything stored and themselves."""
+        """Full causal attention of the real tokens over everything stored and themselves; the last `num_tail` are only
+        proposed."""
         num_queries, past, width = query.shape[2], self.ledger.lengths, keys.shape[-1]
         if max(past) == 0 and min(num_real) == num_queries:
+            for batch in range(query.shape[0]):
+                self._observe_prompt(batch, query[batch], keys[batch], num_tail)
             return causal_attention(query, keys, values, self.layout.sm_scale)
         out = query.new_zeros(*query.shape[:3], values.shape[-1])
         for batch, (num, length) in enumerate(zip(num_real, past, strict=True)):
@@ -145,8 +212,27 @@ class RetrievalLayer(LayerRuntime):
                         self.memory.prefetch(batch + 1, past[batch + 1], num_real[batch + 1])
                 elif ahead is not None:
                     ahead()
-                out[row, :, own] = causal_attention(query[row, :, own], row_keys, row_values, self.layout.sm_scale)
+                self._observe_prompt(batch, query[batch, :, own], row_keys[0], num_tail)
+                alive = None if self._survivors is None else self._survivors.of(batch, length)
+                out[row, :, own] = causal_attention(
+                    query[row, :, own], row_keys, row_values, self.layout.sm_scale, alive
+                )
         return out
+
+    def _observe_prompt(self, batch: int, query: Tensor, keys: Tensor, num_tail: int) -> None:
+        """Show the scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are proposed."""
+        scorer, num_keys = self.policy.scorer, keys.shape[1] - num_tail
+        if not scorer.reads_prompt or query.shape[1] <= num_tail:
+            return
+        no_notes = query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32)
+        prompt = PromptInputs(
+            query=query[:, : query.shape[1] - num_tail],
+            keys=keys[:, :num_keys],
+            notes=no_notes if self._notes is None else self._notes.of(batch, 0, num_keys),
+            batch=batch,
+            layout=self.layout,
+        )
+        scorer.observe_prompt(prompt, self._scorer_state)
 
     def _take_in(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
         """Store prompt tokens, the last `num_real` of each sequence; those before the window become prompt units."""
@@ -158,6 +244,8 @@ class RetrievalLayer(LayerRuntime):
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
                 self._extend_index(unit)
+                if self._survivors is not None:
+                    self._survivors.lose(unit, self.memory.attended())
         for batch, num in enumerate(num_real):
             own = slice(keys.shape[2] - num, keys.shape[2])
             self._take_in_row(batch, keys[batch, :, own], values[batch, :, own])
@@ -188,22 +276,30 @@ class RetrievalLayer(LayerRuntime):
         ledger.finish_prompt(batch, num, stop)
 
     def _add_block(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        units = self.policy.units.build(keys)
+        units = self.policy.units.build_block(keys, self._block_inputs(batch, start, start + keys.shape[1]))
         rows = self.memory.stage(keys.shape[1])
         write_in_order(keys, values, units.order, rows)
         num_heads, num_units = units.sizes.shape
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
         if self._index is not None:
-            width = keys.shape[-1]
             unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
             unit_ids = unit_ids.repeat_interleave(units.sizes.flatten(), output_size=units.order.numel())
-            entries = self.policy.scorer.index(
-                rows[..., :width], rows[..., width:], unit_ids.view(num_heads, -1), num_units
-            )
-            self._index.write(batch, columns, entries)
+            unit_ids = unit_ids.view(num_heads, -1)
+            ordered = rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :]
+            self._index.write(batch, columns, self.policy.scorer.index(*ordered, unit_ids, num_units))
+            self._row_index.write(batch, start, *ordered, unit_ids, num_units)
+        if self._notes is not None:
+            self._notes.reorder(batch, start, units.order)
         self.memory.store_block(batch, start, rows)
         self.positions.add_block(batch, start, units.order)
+
+    def _block_inputs(self, batch: int, start: int, stop: int) -> BlockInputs:
+        return BlockInputs(
+            layout=self.layout,
+            token_ids=None if self._token_ids is None else self._token_ids.span(batch, start, stop),
+            notes=None if self._notes is None else self._notes.of(batch, start, stop),
+        )
 
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
@@ -215,17 +311,60 @@ class RetrievalLayer(LayerRuntime):
     def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if self._on_cpu or query.shape[2] > 1:
             self.check_finite(keys, values, [keys.shape[2]] * keys.shape[0])
-        inputs = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0])
+        # The host counts the token when the step is over.
+        lengths = [length + 1 for length in self.ledger.lengths]
+        inputs, decision = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0], lengths)
         if self._index is not None and self._worth_doing(inputs.due):
             self._select(self._index, inputs)
         if query.shape[2] > 1:
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.add(self.ledger.counts)
-        return self.memory.attend(query, None if self._tail is None else (self._tail.keys, self._tail.values))
+        out = self._attend(query, decision.full, lengths)
+        self._observe(inputs, decision.full, lengths)
+        return out
+
+    def _attend(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
+        tail = None if self._tail is None else (self._tail.keys, self._tail.values)
+        out = self.memory.attend(query, tail, self._estimate(query))
+        self._full = full
+        if full is not None and self._worth_doing(full):
+            everything = self.memory.attend_to_all(query[:, :, :1], lengths)
+            heads = full.repeat_interleave(self.layout.group_size, 1)[..., None, None]
+            out[:, :, :1] = torch.where(heads, everything, out[:, :, :1])
+        return out
+
+    def _estimate(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Attention over what is not attended to otherwise, one virtual entry a unit; None where nothing is
+        estimated."""
+        means = self.policy.scorer.means
+        if not self.policy.selector.estimates or self._index is None or means is None:
+            return None
+        from kvframe_kernels.rest_attention import rest_attention
+
+        units = self._units(self._index)
+        rest = self.memory.unattended(units)
+        if self._estimated is not None:
+            rest = rest.masked_fill(~self._estimated[..., : units.max_units], 0)
+        keys, values = (units.index[name] for name in means)
+        return rest_attention(query, keys, values, rest, self.layout.sm_scale)
+
+    def _observe(self, inputs: StepInputs, full: Tensor | None, lengths: list[int]) -> None:
+        """Let the scorer look back at the step."""
+        scorer = self.policy.scorer
+        if scorer.reads_attention:
+            scorer.observe(inputs, self.memory.weights(inputs.query, full, lengths), self._scorer_state)
+        self._has_selected = True
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What is neither attended to nor in the window is gone, once a step has selected from the prompt."""
+        if self._survivors is not None and self._has_selected:
+            self._survivors.keep(self.memory.attended(), self.ledger.counts[LENGTH])
 
     def count_decoded(self, num_tokens: int) -> None:
         self._count_token()  # what is behind the first token waits in the tail
         self.stats.num_steps += 1
+        self.memory.step_is_over()
 
     def _count_token(self) -> None:
         self.ledger.count_token()
@@ -258,28 +397,87 @@ class RetrievalLayer(LayerRuntime):
         if self._index is not None:
             self._index.reserve(num_units)
 
-    def _append(self, query: Tensor, keys: Tensor, values: Tensor) -> StepInputs:
-        """Trigger, ledger and memory for one token of every sequence; says where a selection is due."""
-        inputs = StepInputs(query=query, layout=self.layout)
+    def _append(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> tuple[StepInputs, Decision]:
+        """Trigger, ledger and memory for one token of every sequence, the last of `lengths`; says who selects, and with
+        which query."""
+        inputs = StepInputs(
+            query=query,
+            layout=self.layout,
+            notes=None if self._notes is None else self._notes.tensor,
+            token_ids=None if self._token_ids is None else self._token_ids.at([length - 1 for length in lengths]),
+            row_bytes=self._row_bytes,
+            board=self._board,
+        )
         decision = self.policy.trigger.step(inputs, self._trigger_state)
         cut = self.policy.units.boundary(inputs, decision, self._units_state)
         unit = self.memory.append(keys, values, cut, None if self._on_cpu else self._finite)
         if self._worth_doing(unit.leaves):
             self._extend_index(unit)
-        return evolve(inputs, due=decision.due)
+        due = decision.due
+        probe = self.policy.scorer.probe(inputs, self._scorer_state)
+        if self._ahead is not None:
+            probe, due = self._look_ahead(self._ahead, probe, decision)
+        return evolve(inputs, query=probe, due=due), decision
+
+    def _look_ahead(self, before: Ahead, probe: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
+        """Heads that are not due select with the query of the step before, where that asked for it; the queries and
+        heads of this step's selection, [B, Hq, D] and bool [B, H]."""
+        now = decision.due.repeat_interleave(self.layout.group_size, 1)[..., None]
+        query, due = torch.where(now, probe, before.query), decision.due | before.due
+        before.query.copy_(probe)
+        if decision.ahead is None:
+            before.due.zero_()
+        else:
+            before.due.copy_(decision.ahead)
+        return query, due
 
     def _extend_index(self, unit: LeavingUnits) -> None:
+        self._row_index.extend(unit)
         if self._index is not None:
             self.policy.scorer.extend(self._index.tensors, unit)
+        if self._estimated is not None:
+            # A unit that has just left is estimated until a selection says otherwise.
+            column = unit.column.clamp(max=self._estimated.shape[-1] - 1)[..., None]
+            before = self._estimated.gather(-1, column)
+            self._estimated.scatter_(-1, column, before | unit.leaves[..., None])
+
+    def _units(self, index: UnitIndex) -> UnitTable:
+        """The units that can be selected."""
+        max_units = max(1, self.ledger.visible_units())
+        return UnitTable(
+            offsets=self.ledger.unit_offsets,
+            num_units=self.ledger.num_units,
+            max_units=max_units,
+            index=index.view(max_units),
+            row_index=self._row_index.tensors,
+        )
 
     def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
-        ledger, policy = self.ledger, self.policy
-        num_units = max(1, ledger.visible_units())
-        units = UnitTable(offsets=ledger.unit_offsets, num_units=ledger.num_units, max_units=num_units)
-        scores = policy.scorer.score(inputs, index.view(num_units), units)
-        rows, count = policy.selector.select(inputs, scores, units)
+        policy, units = self.policy, self._units(index)
+        scores = policy.scorer.score(inputs, units.index, units)
+        if self._survivors is not None:
+            gone = ~self._survivors.units(units.offsets, units.max_units)
+            scores = scores.masked_fill(gone, -math.inf)
+        made = policy.selector.select(inputs, scores, units)
+        selection = made if isinstance(made, Selection) else Selection(*made)
+        rows, count = selection.rows, selection.count
+        if self._survivors is not None:
+            rows, count = self._survivors.among(rows)
         assert inputs.due is not None
+        if selection.estimated is not None:
+            self._set_estimated(selection.estimated, inputs.due)
         self.memory.recall(rows, count, inputs.due, self.stats.tallies)
+
+    def _set_estimated(self, estimated: Tensor, due: Tensor) -> None:
+        """Units [B, H, U] that are estimated from now on, where a selection was due."""
+        max_units = self.ledger.max_units + 1
+        if self._estimated is None:
+            self._estimated = torch.ones(*due.shape, max_units, dtype=torch.bool, device=due.device)
+        elif self._estimated.shape[-1] < max_units:
+            more = self._estimated.new_ones(*due.shape, max_units - self._estimated.shape[-1])
+            self._estimated = torch.cat([self._estimated, more], -1)
+        own = self._estimated[..., : estimated.shape[-1]]
+        own.copy_(torch.where(due[..., None], estimated, own))
 
     def _worth_doing(self, mask: Tensor | None) -> bool:
         """Whether a mask is set anywhere, where the host may look for free; elsewhere the work is predicated by the
@@ -295,7 +493,9 @@ class RetrievalLayer(LayerRuntime):
             self._begin_decode()
             self.reserve(max(self.ledger.lengths) + tail.num_tokens)
             for token in range(tail.num_tokens):
-                self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token])
+                lengths = [length + 1 for length in self.ledger.lengths]
+                self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token], lengths)
+                self._let_go()
                 self._count_token()
 
     def crop(self, num_tokens: int) -> None:
@@ -307,15 +507,28 @@ class RetrievalLayer(LayerRuntime):
 
     def _rebuild(self, lengths: list[int]) -> None:
         """Forget everything but the first tokens of each sequence, which are taken in again as a prompt."""
+        if self._survivors is not None:
+            raise UnsupportedCallError(
+                f"{type(self.policy.transfer).__name__} has dropped tokens, so the cache cannot go back to "
+                f"{min(lengths)} tokens; start again from the prompt (reset), or use a transfer that keeps everything, "
+                "such as HostPool"
+            )
         longest = max(lengths)
         keys, values = self.layout.zeros(longest)
         width = keys.shape[-1]
+        noted: list[Tensor] = []
         for batch, (old, new) in enumerate(zip(self.ledger.lengths, lengths, strict=True)):
             rows = self.memory.read(batch, old)
-            place = self.positions.of(batch, old).argsort(-1)[:, :new, None].to(rows.device)
-            rows = rows.gather(1, place.expand(-1, -1, rows.shape[-1]))
+            place = self.positions.of(batch, old).argsort(-1)[:, :new].to(rows.device)
+            if self._notes is not None:
+                notes = self._notes.of(batch, 0, old)
+                noted.append(notes.gather(-1, place.expand(notes.shape[0], -1, -1)))
+            rows = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[-1]))
             keys[batch, :, longest - new :], values[batch, :, longest - new :] = rows[..., :width], rows[..., width:]
         self._forget()
+        for batch, notes in enumerate(noted):
+            assert self._notes is not None
+            self._notes.of(batch, 0, notes.shape[-1]).copy_(notes)
         self._take_in(keys, values, lengths)
 
     # ---- the whole --------------------------------------------------------------------------------------------------
@@ -331,10 +544,23 @@ class RetrievalLayer(LayerRuntime):
         self.ledger.reset()
         self.memory.reset()
         self.positions.forget()
-        self._trigger_state = self.policy.trigger.init(self.layout)
-        self._units_state = self.policy.units.init(self.layout)
+        for kept in (self._notes, self._survivors):
+            if kept is not None:
+                kept.forget()
+        if self._ahead is not None:
+            self._ahead.due.zero_()
+        self._estimated = self._full = None
+        self._init_stages()
+
+    def _init_stages(self) -> None:
+        policy = self.policy
+        self._trigger_state: Any = policy.trigger.init(self.layout)
+        self._units_state: Any = policy.units.init(self.layout)
+        self._scorer_state: Any = policy.scorer.init(self.layout)
 
     def attended_positions(self, batch: int, head: int) -> Tensor:
+        if self._full is not None and bool(self._full[batch, head]):
+            return torch.arange(self.ledger.lengths[batch])
         positions = self.positions.of(batch, self.capacity)[head][self.memory.attended_rows(batch, head)]
         return positions.sort().values.long()
 
@@ -353,8 +579,8 @@ class RetrievalLayer(LayerRuntime):
         return self.memory.host_bytes()
 
     def index_bytes(self) -> int:
-        held = self.ledger.nbytes() + self.memory.index_bytes()
-        return held + (0 if self._index is None else self._index.nbytes())
+        parts = (self.ledger, self._index, self._row_index, self._notes, self._survivors)
+        return self.memory.index_bytes() + sum(part.nbytes() for part in parts if part is not None)
 
 
 def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int:
@@ -366,9 +592,9 @@ def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int
 def _make_memory(
     layout: LayerLayout, policy: Policy, ledger: Ledger, capacity: int, execution: Execution, backend: Any
 ) -> LayerMemory:
+    num_resident = policy.selector.capacity_in(layout)
     if execution == "offload":
         store = policy.transfer.init(layout, capacity)
-        return SlotMemory(layout, ledger, store, policy.selector.capacity, backend or slot_attention)
-    if execution == "dense":
-        return DenseMemory(layout, ledger, capacity, policy.selector.capacity)
-    return ShadowMemory(layout, ledger, capacity, policy.selector.capacity)
+        return SlotMemory(layout, ledger, store, num_resident, backend or slot_attention)
+    memory = DenseMemory if execution == "dense" else ShadowMemory
+    return memory(layout, ledger, capacity, num_resident, policy.transfer.codec(layout))

@@ -12,7 +12,7 @@ A *position* counts the real tokens of one sequence from 0 (left padding does no
 the pool: its position, except inside a prompt block, whose tokens lie in unit order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Literal
 
@@ -80,6 +80,44 @@ class StepInputs:
     due: Tensor | None = None
     """bool [B, H], the heads that select in this step, once the trigger has said so. What a scorer or a selector gives
     for the others is not used: on a device, kernels skip them."""
+    notes: Tensor | None = None
+    """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
+    token_ids: Tensor | None = None
+    """int64 [B], the id of this token; None unless a stage asks for ids."""
+    row_bytes: int = 0
+    """Bytes of a row in the store."""
+    board: "Board | None" = None
+    """What other layers have published in this step."""
+
+
+Board = dict[int, Tensor]
+"""By layer: what it has published for the layers behind it in one forward pass. One a cache."""
+
+
+@frozen(kw_only=True, eq=False)
+class PromptInputs:
+    """What a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
+
+    query: Tensor
+    """[Hq, T, D], after RoPE."""
+    keys: Tensor
+    """[H, L, D], L >= T, in the order of the rows: those of earlier tokens, then the T of this run."""
+    notes: Tensor
+    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new."""
+    batch: int
+    """The sequence's place in the batch."""
+    layout: LayerLayout
+
+
+@frozen(kw_only=True, eq=False)
+class BlockInputs:
+    """What is known of the tokens of a prompt block, besides their keys, for N heads."""
+
+    layout: LayerLayout
+    token_ids: Tensor | None = None
+    """int64 [T]; None unless a stage asks for ids."""
+    notes: Tensor | None = None
+    """float32 [F, N, T], of a scorer that takes notes."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -87,7 +125,25 @@ class Decision:
     """A trigger's answer for one step."""
 
     due: Tensor
-    """bool [B, H]: the heads that select anew in this step."""
+    """bool [B, H]: the heads that select anew in this step, before they attend."""
+    ahead: Tensor | None = None
+    """bool [B, H]: the heads that select with this step's query for the next one. Where the next step is due as well,
+    that replaces it. Only of a trigger that says `selects_ahead`."""
+    full: Tensor | None = None
+    """bool [B, H]: the heads that attend to everything in this step. Only of a trigger that says `attends_in_full`."""
+
+
+@frozen(eq=False)
+class Selection:
+    """A selector's answer."""
+
+    rows: Tensor
+    """int64 [B, H, capacity], each row once, with -1 behind the count."""
+    count: Tensor
+    """int64 [B, H]"""
+    estimated: Tensor | None = None
+    """bool [B, H, U]: the units whose tokens, as far as they are not attended, enter attention as one estimate; None
+    where nothing is estimated."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -116,6 +172,10 @@ class UnitTable:
     """int64 [B, H]: units behind it do not exist."""
     max_units: int
     """U, what scores are padded to."""
+    index: Mapping[str, Tensor] = field(factory=dict)
+    """[B, H, U, ...] each: the scorer's summaries."""
+    row_index: Mapping[str, Tensor] = field(factory=dict)
+    """[B, H, > R, ...] each: what the selector keeps of every row that left the window."""
 
     @property
     def sizes(self) -> Tensor:
@@ -165,3 +225,5 @@ class Invariant(Enum):
     RESIDENT_STAYS = "a row that is resident is never moved again"
     RESET_REPEATS = "a second run on a reset cache equals the first"
     ROW_INDEPENDENT = "a row's result depends neither on its neighbours in the batch nor on padding"
+    EXACT_KV = "keys and values come back from the store as they were"
+    ATTENDED_ONLY = "attention sees the attended tokens and nothing else"

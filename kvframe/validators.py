@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from kvframe.errors import ConfigError
+from kvframe.errors import ConfigError, SlotError
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -31,6 +31,16 @@ def one_of(*choices: Any) -> Validator:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             known = ", ".join(repr(choice) for choice in choices)
             raise ConfigError(f"{_where(instance, attribute)} must be one of {known}; got {value!r}")
+
+    return check
+
+
+def part(slot_cls: type[Any]) -> Validator:
+    """A stage of a slot, as part of another stage; raises SlotError."""
+
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, slot_cls):
+            raise SlotError(f"{_where(instance, attribute)} must be a {slot_cls.__name__}, got {value!r}")
 
     return check
 

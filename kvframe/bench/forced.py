@@ -15,7 +15,7 @@ from kvframe.bench.forced_reference import forced_scores_reference, scheduled_du
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.stages import Selector, Trigger
-from kvframe.types import Decision, LayerLayout, StepInputs, UnitTable
+from kvframe.types import Decision, LayerLayout, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -114,6 +114,9 @@ class ForcedSelector(Selector):
     def capacity(self) -> int:
         return self.inner.capacity
 
+    def capacity_in(self, layout: LayerLayout) -> int:
+        return self.inner.capacity_in(layout)
+
     @cached_property
     def _starts(self) -> dict[tuple[int, tuple[int, ...], torch.device], Tensor]:
         """int64 [B, H] for every layer: where on the ring its selections begin."""
@@ -128,7 +131,7 @@ class ForcedSelector(Selector):
             self._starts[key] = torch.zeros(due.shape, dtype=torch.int64, device=due.device)
         return self._starts[key]
 
-    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         due = inputs.due
         if due is None:
             due = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvframe.composition import Policy
-from kvframe.errors import ConfigError
+from kvframe.errors import ConfigError, UnsupportedCallError
 from kvframe.hf.attention import forget, is_remembered, remember
 from kvframe.hf.cache import RetrievalCache
 from kvframe.hf.capture import CapturedSteps
@@ -130,7 +130,7 @@ def attach(
             remember(config)
         decoder_of(model).set_attn_implementation(ATTENTION_NAME)
         vars(model)["generate"] = generate
-        with _standing_in(model, run.steps):
+        with _standing_in(model, run.steps), _handing_over_ids(model, policy):
             yield run
     finally:
         if was_own:
@@ -164,6 +164,29 @@ def _standing_in(model: PreTrainedModel, steps: CapturedSteps | None) -> Iterato
         else:
             vars(model).pop("forward", None)
         steps.close()
+
+
+@contextmanager
+def _handing_over_ids(model: PreTrainedModel, policy: Policy) -> Iterator[None]:
+    """Within the block, caches of ours hear of the ids of tokens, where a stage of the policy asks for them."""
+    if not policy.units.needs_token_ids:
+        yield
+        return
+
+    def hand_over(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(cache, RetrievalCache):
+            if ids is None:
+                raise UnsupportedCallError(
+                    f"{policy.units!r} asks for token ids, and the call brings inputs_embeds; call with input_ids"
+                )
+            cache.take_token_ids(ids, kwargs.get("attention_mask"))
+
+    handle = model.register_forward_pre_hook(hand_over, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_capture(model: PreTrainedModel, execution: Execution, capture: bool | None, compile: bool) -> None:

@@ -1,6 +1,7 @@
 """The cache that transformers sees: one object a model layer, ours where a full KV cache would grow."""
 
 import copy
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +42,14 @@ from kvframe.layer import LayerRuntime
 from kvframe.memory.available import available_device_memory, available_host_memory
 from kvframe.memory.link import link_of
 from kvframe.memory.pinned import pinned_memory
+from kvframe.memory.token_ids import TokenIds
 from kvframe.planner.memory import plan_memory
 from kvframe.planner.shape import ModelShape
 from kvframe.registry import Registry, default_registry
 from kvframe.report import Report, Timeline, make_report
 from kvframe.runtime import RetrievalLayer, host_bytes_needed
 from kvframe.stages import SLOTS
-from kvframe.types import Execution, LayerLayout, ModelLayout
+from kvframe.types import Board, Execution, LayerLayout, ModelLayout
 
 Extend = Literal["full", "retrieve"]
 
@@ -128,6 +130,8 @@ class RetrievalCache(Cache):
         self._is_recording = False
         self._has_prompt_buffers = False
         self.cannot_be_captured = None
+        self._board: Board = {}
+        self._token_ids: TokenIds | None = None
         self._forget()
         self._expected = self._expected_layout(model)
         self._check_policy(model)
@@ -382,10 +386,33 @@ class RetrievalCache(Cache):
         if layer.place == 0:
             self._check_host_memory(layout, capacity)
             self._pin(layout, capacity)
+        scorer = self.policy.scorer
         if self.policy.is_dense(layer.layer_idx):
-            return DenseLayer(layout, capacity)
+            publishes = layer.layer_idx in scorer.sources
+            return DenseLayer(
+                layout, capacity, functools.partial(scorer.publish, board=self._board) if publishes else None
+            )
         backend = self._registry.plugins.attention_backend(layout, layout.device)
-        return RetrievalLayer(layout, self.policy, capacity, self.execution, backend)
+        if self.policy.units.needs_token_ids and self._token_ids is None:
+            raise UnsupportedCallError(
+                f"{self.policy.units!r} asks for token ids, which only the model inside a `kvframe.attach` "
+                "block gives; call it there, with input_ids"
+            )
+        return RetrievalLayer(
+            layout, self.policy, capacity, self.execution, backend, board=self._board, token_ids=self._token_ids
+        )
+
+    def take_token_ids(self, ids: Tensor, mask: Tensor | None) -> None:
+        """A forward pass over `ids` [B, T] begins; with the 2D padding mask, if one came."""
+        length = self.get_seq_length()
+        padding = [0] * ids.shape[0]
+        if mask is not None and mask.dim() == 2:
+            padding = num_padding(mask, length + ids.shape[1])
+        if self._token_ids is None:
+            self._token_ids = TokenIds(ids.shape[0], ids.device)
+        starts = [max(0, length - num) for num in padding]
+        stops = [max(0, length + ids.shape[1] - num) for num in padding]
+        self._token_ids.enter(ids, starts, [stop - start for start, stop in zip(starts, stops, strict=True)])
 
     def _pin(self, layout: LayerLayout, capacity: int) -> None:
         """Lock the host memory of all layers at once: it is slow, and later runs use it again."""
@@ -505,6 +532,7 @@ class RetrievalCache(Cache):
         """Give back all memory; the cache is empty and can be used again."""
         for layer in self._managed:
             layer.release()
+        self._token_ids = None
         self._reset_stock_layers()
         self._forget()
 
@@ -527,6 +555,7 @@ class RetrievalCache(Cache):
         self._mask = None
         self._padding = None
         self._in_flight_bytes = 0
+        self._board.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RetrievalCache":
         # Model, policy and plugins are not part of what is remembered.

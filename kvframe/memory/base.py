@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from kvframe.memory.pool import Traffic
-from kvframe.types import LeavingUnits
+from kvframe.types import LeavingUnits, UnitTable
 
 
 class LayerMemory(ABC):
@@ -73,13 +73,39 @@ class LayerMemory(ABC):
         """Where `due`, make exactly `rows` [B, H, C] (-1 behind `count` [B, H]) resident; count that in `tallies`."""
 
     @abstractmethod
-    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
+    def attend(
+        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Attention over sinks, resident rows and window; and causally over `tail`, tokens not yet in the ledger.
 
         query: [B, Hq, T, D]. The first query sees none of the tail, query t its first t tokens.
         tail: keys [B, H, T - 1, D], values [B, H, T - 1, Dv].
+        extra: a partial result over other entries, out [B, Hq, T, Dv] and log-sum-exp [B, Hq, T].
         Returns [B, Hq, T, Dv].
         """
+
+    @abstractmethod
+    def attend_to_all(self, query: Tensor, lengths: list[int]) -> Tensor:
+        """Attention of one query over everything stored, `lengths` tokens of every sequence, as the store gives it
+        back; query [B, Hq, 1, D], returns [B, Hq, 1, Dv]."""
+
+    @abstractmethod
+    def attended(self) -> Tensor:
+        """bool [B, H, R]: the rows that attention sees."""
+
+    @abstractmethod
+    def weights(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
+        """What every row gets of a query [B, Hq, D]: [B, H, G, R] in at least float32, 0 for a row not attended to.
+
+        full: bool [B, H], heads that attend to everything stored; None where none does.
+        """
+
+    @abstractmethod
+    def unattended(self, units: UnitTable) -> Tensor:
+        """int64 [B, H, U]: tokens of each unit that attention does not see; 0 where there is no unit."""
+
+    def step_is_over(self) -> None:  # noqa: B027, most have nothing to do
+        """A decode step has attended; what it did not keep may be let go where the store drops."""
 
     @abstractmethod
     def attended_rows(self, batch: int, head: int) -> Tensor:

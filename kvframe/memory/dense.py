@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kvframe.memory.base import LayerMemory
+from kvframe.memory.codec import Codec
 from kvframe.memory.ledger import LENGTH, RESIDENT, Ledger
 from kvframe.memory.pool import Traffic
-from kvframe.types import LayerLayout, LeavingUnits
+from kvframe.types import LayerLayout, LeavingUnits, UnitTable
 from kvframe_kernels.select_units import ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
 from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
 
@@ -18,15 +19,23 @@ class DenseMemory(LayerMemory):
 
     Nothing here is clever: what attention sees is a mask over all rows, made from the ledger's counts. That makes it
     the standard against which `SlotMemory` is held.
+
+    codec: how the store that this stands for keeps rows. Every row is then kept twice, as it was and as it would come
+    back, and attention sees the latter of a row that was recalled.
     """
 
-    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int, capacity: int) -> None:
+    def __init__(
+        self, layout: LayerLayout, ledger: Ledger, num_rows: int, capacity: int, codec: Codec | None = None
+    ) -> None:
         self._layout = layout
         self._capacity = capacity
         self._ledger = ledger
+        self._codec = codec
         heads = (layout.batch_size, layout.num_kv_heads)
         self.keys, self.values = layout.zeros(num_rows)
         self.resident = torch.zeros(*heads, num_rows, dtype=torch.bool, device=layout.device)
+        self._stored = None if codec is None else torch.cat([self.keys, self.values], -1)  # as it would come back
+        self._came_back = torch.zeros_like(self.resident)
         self._traffic = Traffic(row_bytes=0)
 
     @property
@@ -40,10 +49,29 @@ class DenseMemory(LayerMemory):
             self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
             more = self.resident.new_zeros(*self.resident.shape[:2], missing)
             self.resident = torch.cat([self.resident, more], 2)
+            self._came_back = torch.cat([self._came_back, more], 2)
+            if self._stored is not None:
+                self._stored = torch.cat([self._stored, torch.cat([keys, values], -1)], 2)
+
+    def _as_stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as the store would give them back."""
+        if self._stored is None:
+            return self.keys, self.values
+        width = self._layout.head_dim
+        return self._stored[..., :width], self._stored[..., width:]
+
+    def _as_seen(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention sees them."""
+        if self._stored is None:
+            return self.keys, self.values
+        keys, values = self._as_stored()
+        back = self._came_back[..., None]
+        return torch.where(back, keys, self.keys), torch.where(back, values, self.values)
 
     def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
         rows = self.stage(stop + room)
-        rows[:, :stop] = torch.cat([self.keys[batch, :, :stop], self.values[batch, :, :stop]], -1)
+        keys, values = self._as_stored()
+        rows[:, :stop] = torch.cat([keys[batch, :, :stop], values[batch, :, :stop]], -1)
         return rows
 
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -56,11 +84,20 @@ class DenseMemory(LayerMemory):
         return torch.empty(shape, dtype=layout.dtype, device=layout.device)
 
     def store_block(self, batch: int, start: int, rows: Tensor) -> None:
-        self.store_recent(batch, start, rows[..., : self._layout.head_dim], rows[..., self._layout.head_dim :])
+        self._write(batch, start, rows)
+        if self._codec is not None and self._stored is not None:
+            self._stored[batch, :, start : start + rows.shape[1]] = self._codec.block(rows)
 
     def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self.keys[batch, :, start : start + keys.shape[1]] = keys
-        self.values[batch, :, start : start + keys.shape[1]] = values
+        rows = torch.cat([keys, values], -1)
+        self._write(batch, start, rows)
+        if self._codec is not None and self._stored is not None:
+            self._stored[batch, :, start : start + rows.shape[1]] = self._codec.tokens(rows)
+
+    def _write(self, batch: int, start: int, rows: Tensor) -> None:
+        width = self._layout.head_dim
+        self.keys[batch, :, start : start + rows.shape[1]] = rows[..., :width]
+        self.values[batch, :, start : start + rows.shape[1]] = rows[..., width:]
 
     def finish_prompt(self) -> None:
         pass
@@ -73,6 +110,9 @@ class DenseMemory(LayerMemory):
         row = (ledger.counts[LENGTH] - 1)[..., None, None]
         self.keys.scatter_(2, row.expand(-1, -1, -1, keys.shape[-1]), keys[:, :, None])
         self.values.scatter_(2, row.expand(-1, -1, -1, values.shape[-1]), values[:, :, None])
+        if self._codec is not None and self._stored is not None:
+            stored = self._codec.tokens(torch.cat([keys, values], -1))
+            self._stored.scatter_(2, row.expand(-1, -1, -1, stored.shape[-1]), stored[:, :, None])
         return self._leave(*ledger.leaving())
 
     def leave(self, length: Tensor) -> LeavingUnits | None:
@@ -107,8 +147,10 @@ class DenseMemory(LayerMemory):
         wanted[batch, head, rows[batch, head, entry]] = True
         tallies[SELECTIONS] += due
         tallies[ROWS_SELECTED] += count * due
-        tallies[ROWS_RECALLED] += ((wanted & ~self.resident) & due[..., None]).sum(-1)
+        missing = wanted & ~self.resident & due[..., None]
+        tallies[ROWS_RECALLED] += missing.sum(-1)
         self.resident = torch.where(due[..., None], wanted, self.resident)
+        self._came_back = (self._came_back | missing) & self.resident
         counts = self._ledger.counts
         counts[RESIDENT] = torch.where(due, count, counts[RESIDENT])
 
@@ -119,12 +161,27 @@ class DenseMemory(LayerMemory):
         recent = (rows >= length - ledger.window[..., None]) & (rows < length)
         return self.resident | (rows < ledger.sinks[..., None]) | recent
 
-    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
-        return self.attend_where(self.attended(), query, tail)
+    def attend(
+        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        return self._attend_where(self.attended(), query, self._as_seen(), tail, extra)
 
-    def attend_where(self, visible: Tensor, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
+    def attend_to_all(self, query: Tensor, lengths: list[int]) -> Tensor:
+        return self._attend_where(self._exists(), query, self._as_stored(), None)
+
+    def _exists(self) -> Tensor:
+        return (self._rows() < self._ledger.counts[LENGTH][..., None]).contiguous()
+
+    def _attend_where(
+        self,
+        visible: Tensor,
+        query: Tensor,
+        states: tuple[Tensor, Tensor],
+        tail: tuple[Tensor, Tensor] | None,
+        extra: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Attention over the rows of a mask [B, H, R], and causally over the tail."""
-        keys, values, bias = self.keys, self.values, self._bias(visible)
+        (keys, values), bias = states, self._bias(visible)
         if tail is not None:
             keys, values = torch.cat([keys, tail[0]], 2), torch.cat([values, tail[1]], 2)
             num_queries, num_tail = query.shape[2], tail[0].shape[2]
@@ -134,7 +191,27 @@ class DenseMemory(LayerMemory):
             bias = torch.cat(
                 [bias[:, :, None].expand(*heads, num_queries, -1), self._bias(seen).expand(*heads, -1, -1)], -1
             )
-        return slot_attention(query, keys, values, bias, self._layout.sm_scale)[0]
+        return slot_attention(query, keys, values, bias, self._layout.sm_scale, extra=extra)[0]
+
+    def weights(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
+        weights = self._weights_where(self.attended(), query, self._as_seen()[0])
+        if full is None:
+            return weights
+        everywhere = self._weights_where(self._exists(), query, self._as_stored()[0])
+        return torch.where(full[..., None, None], everywhere, weights)
+
+    def _weights_where(self, visible: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+        layout = self._layout
+        grouped = (query * layout.sm_scale).view(*visible.shape[:2], -1, layout.head_dim)
+        scores = torch.matmul(grouped, keys.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
+        return scores.masked_fill(~visible[:, :, None], -math.inf).softmax(-1)
+
+    def unattended(self, units: UnitTable) -> Tensor:
+        before = torch.nn.functional.pad(self.resident.cumsum(-1), (1, 0))
+        offsets = units.offsets[..., : units.max_units + 1].clamp(0, self.keys.shape[2])
+        inside = before.gather(-1, offsets[..., 1:]) - before.gather(-1, offsets[..., :-1])
+        columns = torch.arange(units.max_units, device=offsets.device)
+        return (units.sizes - inside).masked_fill(columns >= units.num_units[..., None], 0)
 
     def _bias(self, visible: Tensor) -> Tensor:
         bias = torch.zeros(visible.shape, dtype=self._layout.dtype, device=self._layout.device)
@@ -145,6 +222,7 @@ class DenseMemory(LayerMemory):
 
     def reset(self) -> None:
         self.resident.zero_()
+        self._came_back.zero_()
 
     def device_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.resident.nbytes
@@ -161,16 +239,20 @@ class ShadowMemory(DenseMemory):
     heads of a group.
     """
 
-    def __init__(self, layout: LayerLayout, ledger: Ledger, num_rows: int, capacity: int) -> None:
-        super().__init__(layout, ledger, num_rows, capacity)
+    def __init__(
+        self, layout: LayerLayout, ledger: Ledger, num_rows: int, capacity: int, codec: Codec | None = None
+    ) -> None:
+        super().__init__(layout, ledger, num_rows, capacity, codec)
         heads = (layout.batch_size, layout.num_kv_heads)
         self.captured_mass = torch.zeros(heads, dtype=torch.float64, device=layout.device)
         self.oracle_recall = torch.zeros(heads, dtype=torch.float64, device=layout.device)
 
-    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
-        stored = (self._rows() < self._ledger.counts[LENGTH][..., None]).contiguous()
-        self._observe(query[:, :, :1], stored)
-        return self.attend_where(stored, query, tail)
+    def attend(
+        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        exists = self._exists()
+        self._observe(query[:, :, :1], exists)
+        return self._attend_where(exists, query, (self.keys, self.values), tail)
 
     def _observe(self, query: Tensor, stored: Tensor) -> None:
         attended = self.attended()

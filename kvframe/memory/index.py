@@ -1,10 +1,12 @@
-"""What stands for the units: the scorer's summaries, one entry a unit."""
+"""What the device keeps for finding KV: the scorer's summaries of units, and what the selector keeps of rows."""
 
 import torch
 from torch import Tensor
 
 from kvframe.stages.scorer import Scorer
-from kvframe.types import LayerLayout
+from kvframe.stages.selector import Selector
+from kvframe.types import LayerLayout, LeavingUnits
+from kvframe_kernels.unit_index import unit_mean
 
 
 class UnitIndex:
@@ -44,6 +46,59 @@ class UnitIndex:
     def view(self, num_units: int) -> dict[str, Tensor]:
         """The first `num_units` columns."""
         return {name: tensor[:, :, :num_units] for name, tensor in self.tensors.items()}
+
+    def nbytes(self) -> int:
+        """Device memory held."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class RowIndex:
+    """Named tensors [B, H, R + 1, ...]; the selector says which, and mostly there are none. The last row takes what
+    belongs nowhere."""
+
+    def __init__(self, layout: LayerLayout, selector: Selector, num_rows: int) -> None:
+        heads = (layout.batch_size, layout.num_kv_heads)
+        keys, values = (states[:1, 0] for states in layout.zeros(1))
+        sample = selector.row_index(keys, values, keys)
+        self.tensors = {
+            name: torch.zeros(*heads, num_rows + 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
+            for name, entry in sample.items()
+        }
+        self._selector = selector
+
+    def reserve(self, num_rows: int) -> None:
+        """Make room for at least this many tokens a sequence."""
+        for name, tensor in self.tensors.items():
+            missing = num_rows + 1 - tensor.shape[2]
+            if missing > 0:
+                more = tensor.new_zeros(*tensor.shape[:2], missing, *tensor.shape[3:])
+                self.tensors[name] = torch.cat([tensor, more], 2)
+
+    def write(self, batch: int, start: int, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> None:
+        """A prompt block in unit order; keys [H, n, D], values [H, n, Dv], and for each token its unit, int64
+        [H, n]."""
+        if not self.tensors:
+            return
+        centres = unit_mean(keys, unit_ids, num_units).gather(1, unit_ids[..., None].expand_as(keys))
+        for name, entry in self._selector.row_index(keys, values, centres).items():
+            self.tensors[name][batch, :, start : start + keys.shape[1]] = entry
+
+    def extend(self, unit: LeavingUnits) -> None:
+        """The unit of each head that leaves the window, where one does."""
+        if not self.tensors:
+            return
+        keys, values, unit_ids = unit.rows()
+        heads = unit.start.shape
+        rows = unit.start[..., None] + torch.arange(unit.max_size, device=unit.start.device)
+        inside = unit.leaves[..., None] & (unit_ids.view(*heads, -1) == 0)
+        centres = unit_mean(keys, unit_ids, 1).expand_as(keys)
+        for name, entry in self._selector.row_index(keys, values, centres).items():
+            tensor = self.tensors[name]
+            column = torch.where(inside, rows, tensor.shape[2] - 1)
+            column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))
+            tensor.scatter_(
+                2, column.expand(*column.shape[:3], *tensor.shape[3:]), entry.view(*heads, *entry.shape[1:])
+            )
 
     def nbytes(self) -> int:
         """Device memory held."""

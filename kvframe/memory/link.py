@@ -1,7 +1,7 @@
 """The way of a prompt's KV between device and host, beside the work that computes."""
 
-import functools
 import math
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -41,7 +41,7 @@ class Link:
     compute: the lane of all other work, on which buffers are filled and read.
     outward, inward: the lanes of the copies.
 
-    One thread at a time may use the link of a device.
+    One thread may use a link.
     """
 
     def __init__(self, device: torch.device, compute: Lane, outward: Lane, inward: Lane) -> None:
@@ -189,15 +189,21 @@ class _Buffer:
         return tensor.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr()
 
 
+_threads = threading.local()
+
+
 def link_of(device: torch.device) -> Link:
-    """The link of a device, made when it is first asked for."""
+    """The link of a device, made when it is first asked for; every thread has its own, because its buffers are filled
+    and read step by step."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _link_of(device)
+    links: dict[torch.device, Link] = vars(_threads).setdefault("links", {})
+    if device not in links:
+        links[device] = _make_link(device)
+    return links[device]
 
 
-@functools.cache
-def _link_of(device: torch.device) -> Link:
+def _make_link(device: torch.device) -> Link:
     if device.type != "cuda":
         lane = HostLane()
         return Link(device, compute=lane, outward=lane, inward=lane)

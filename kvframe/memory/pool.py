@@ -44,6 +44,9 @@ class RowStore(ABC):
     """
 
     traffic: Traffic
+    is_partial: bool = False
+    """Whether it holds some rows only; `read` leaves the others as they are, and whoever reads finds them in the
+    slots."""
 
     @property
     @abstractmethod
@@ -66,6 +69,18 @@ class RowStore(ABC):
         May return before they have arrived. Other prompt methods find them; `append`, `recall` and whoever looks at the
         host's memory do so after `finish_writes`.
         """
+
+    def write_recent(self, batch: int, start: int, rows: Tensor) -> None:
+        """The same for sinks and for the end of a prompt, which stay on the device and may be written again."""
+        self.write(batch, start, rows)
+
+    def hold_recent(self, num_tokens: int) -> None:  # noqa: B027, a store that keeps everything holds them anyway
+        """The window can hold so many tokens: of a store that drops, a recall may ask for one in the step in which it
+        leaves. Called once, before anything is stored."""
+
+    def step_is_over(self) -> None:  # noqa: B027, a store that keeps everything has nothing to do
+        """A decode step has attended; whatever it neither attended to nor holds in the window is not asked for again by
+        a policy whose transfer `drops`."""
 
     def finish_writes(self) -> None:  # noqa: B027, a store that writes at once has nothing to do
         """The prompt is over: let the steps of decoding that follow find what was written. The host does not wait."""
@@ -113,8 +128,12 @@ class RowPool(RowStore):
     Room that was not planned for comes as further slabs, so that nothing already stored has to move.
     """
 
-    def __init__(self, layout: LayerLayout, num_rows: int, device: torch.device, *, crosses_link: bool) -> None:
+    def __init__(
+        self, layout: LayerLayout, num_rows: int, device: torch.device, *, crosses_link: bool, zero: bool = False
+    ) -> None:
+        """zero: rows that were never written are zero, instead of whatever lies there."""
         self._layout = layout
+        self._zero = zero
         self._device = device
         self._crosses_link = crosses_link
         self._slabs: list[tuple[int, Tensor]] = []
@@ -133,7 +152,8 @@ class RowPool(RowStore):
     def grow(self, num_rows: int) -> None:
         missing = num_rows - self.num_rows
         if missing > 0:
-            self._slabs.append((self.num_rows, self._allocate(missing)))
+            slab = self._allocate(missing)
+            self._slabs.append((self.num_rows, slab.zero_() if self._zero else slab))
 
     def _allocate(self, num_rows: int) -> Tensor:
         layout = self._layout
@@ -235,7 +255,7 @@ class RowPool(RowStore):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowPool":
         # A plain deep copy would lose the page lock.
-        twin = RowPool(self._layout, 0, self._device, crosses_link=self._crosses_link)
+        twin = RowPool(self._layout, 0, self._device, crosses_link=self._crosses_link, zero=self._zero)
         if self._crosses_link:
             link_of(self._layout.device).drain()  # the host is about to look
         for first, slab in self._slabs:

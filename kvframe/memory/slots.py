@@ -9,9 +9,10 @@ from torch import Tensor
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.ledger import LENGTH, Ledger
 from kvframe.memory.pool import RowStore, Traffic
-from kvframe.types import LayerLayout, LeavingUnits
+from kvframe.types import LayerLayout, LeavingUnits, UnitTable
 from kvframe_kernels.append_token import Slots, append_token, leave_window
 from kvframe_kernels.select_units import exchange_resident
+from kvframe_kernels.slot_attention import slot_attention
 
 
 class SlotMemory(LayerMemory):
@@ -37,6 +38,7 @@ class SlotMemory(LayerMemory):
             resident_rows=torch.full((*heads, capacity), -1, dtype=torch.int64, device=layout.device),
             sink_size=ledger.sink_size,
         )
+        store.hold_recent(self.slots.ring_size)
         self._marks = self._make_marks()
 
     def _make_marks(self) -> Tensor:
@@ -57,7 +59,29 @@ class SlotMemory(LayerMemory):
         self._store.prefetch(batch, stop, room)
 
     def read(self, batch: int, stop: int, room: int = 0) -> Tensor:
-        return self._store.read(batch, stop, room)
+        rows = self._store.read(batch, stop, room)
+        if self._store.is_partial:
+            self._fill_from_slots(batch, rows[:, :stop])
+        return rows
+
+    def _fill_from_slots(self, batch: int, rows: Tensor) -> None:
+        """Rows [H, n, D + Dv] that the slots hold; the store may have let go of them."""
+        places = self.slot_rows()[batch]  # [H, N]
+        for head, held in enumerate(places):
+            filled = ((held >= 0) & (held < rows.shape[1])).nonzero()[:, 0]
+            width = self._layout.head_dim
+            rows[head, held[filled], :width] = self.slots.keys[batch, head, filled]
+            rows[head, held[filled], width:] = self.slots.values[batch, head, filled]
+
+    def slot_rows(self) -> Tensor:
+        """int64 [B, H, N]: the row of what lies in each slot, -1 for an empty one."""
+        counts, slots = self._ledger.counts, self.slots
+        sinks = torch.arange(slots.sink_size, device=self._layout.device)
+        sinks = torch.where(sinks < self._ledger.sinks[..., None], sinks, -1)
+        age = self._age()
+        last = counts[LENGTH][..., None] - 1
+        recent = torch.where(age < self._ledger.window[..., None], last - age, -1)
+        return torch.cat([sinks, slots.resident_rows, recent], -1)
 
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         places = self._places(start, stop)
@@ -72,7 +96,7 @@ class SlotMemory(LayerMemory):
     def store_recent(self, batch: int, start: int, keys: Tensor, values: Tensor) -> None:
         rows = self._store.stage(keys.shape[1])
         rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :] = keys, values
-        self._store.write(batch, start, rows)
+        self._store.write_recent(batch, start, rows)
         places = self._places(start, start + keys.shape[1])
         self.slots.keys[batch, :, places] = keys
         self.slots.values[batch, :, places] = values
@@ -82,13 +106,16 @@ class SlotMemory(LayerMemory):
 
     def finish_prompt(self) -> None:
         self._store.finish_writes()
-        ledger, ring_size = self._ledger, self.slots.ring_size
-        ring = torch.arange(ring_size, device=self._layout.device)
-        # Ring slot j holds the newest position that is j modulo the ring's size: `age` steps before the last token.
-        age = (ledger.counts[LENGTH][..., None] - 1 - ring) % ring_size
-        self._show(slice(self.slots.ring_first, None), age < ledger.window[..., None])
+        ledger = self._ledger
+        self._show(slice(self.slots.ring_first, None), self._age() < ledger.window[..., None])
         sinks = torch.arange(ledger.sink_size, device=self._layout.device)
         self._show(slice(0, ledger.sink_size), sinks < ledger.sinks[..., None])
+
+    def _age(self) -> Tensor:
+        """int64 [B, H, ring size]: ring slot j holds the newest position that is j modulo the ring's size, so many
+        steps before the last token."""
+        ring = torch.arange(self.slots.ring_size, device=self._layout.device)
+        return (self._ledger.counts[LENGTH][..., None] - 1 - ring) % self.slots.ring_size
 
     def _show(self, places: slice, filled: Tensor) -> None:
         bias = self.slots.bias
@@ -142,11 +169,12 @@ class SlotMemory(LayerMemory):
         resident = slice(slots.sink_size, slots.ring_first)
         self._store.recall(incoming, slots.keys[:, :, resident], slots.values[:, :, resident])
 
-    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None) -> Tensor:
-        slots, sm_scale = self.slots, self._layout.sm_scale
+    def attend(
+        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        slots = self.slots
         if tail is None:
-            out: Tensor = self._attention(query, slots.keys, slots.values, slots.bias, sm_scale)[0]
-            return out
+            return self._attend(query, slots.keys, slots.values, slots.bias, extra)
         keys, values = torch.cat([slots.keys, tail[0]], 2), torch.cat([slots.values, tail[1]], 2)
         num_queries, num_tail = query.shape[2], tail[0].shape[2]
         hidden = torch.ones(num_queries, num_tail, dtype=torch.bool, device=query.device).triu()
@@ -155,8 +183,58 @@ class SlotMemory(LayerMemory):
         bias = torch.cat(
             [slots.bias[:, :, None].expand(*heads, num_queries, -1), causal.expand(*heads, -1, -1)], dim=-1
         )
-        out = self._attention(query, keys, values, bias, sm_scale)[0]
+        return self._attend(query, keys, values, bias, extra)
+
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, extra: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        more = {} if extra is None else {"extra": extra}
+        out: Tensor = self._attention(query, keys, values, bias, self._layout.sm_scale, **more)[0]
         return out
+
+    def attend_to_all(self, query: Tensor, lengths: list[int]) -> Tensor:
+        width = self._layout.head_dim
+        outs = []
+        for batch, length in enumerate(lengths):
+            rows = self.read(batch, length)[None]
+            own = query[batch : batch + 1]
+            outs.append(slot_attention(own, rows[..., :width], rows[..., width:], None, self._layout.sm_scale)[0])
+        return torch.cat(outs)
+
+    def attended(self) -> Tensor:
+        rows = self.slot_rows()
+        seen = torch.zeros(*rows.shape[:2], self._store.num_rows + 1, dtype=torch.bool, device=rows.device)
+        seen.scatter_(-1, self._column(rows), True)
+        return seen[..., :-1]
+
+    def _column(self, rows: Tensor) -> Tensor:
+        """Rows, and the column behind the last one for none."""
+        return torch.where(rows >= 0, rows, self._store.num_rows)
+
+    def weights(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
+        layout = self._layout
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        grouped = (query * layout.sm_scale).view(layout.batch_size, layout.num_kv_heads, -1, layout.head_dim)
+        scores = torch.matmul(grouped, self.slots.keys.transpose(2, 3)).to(dtype) + self.slots.bias[:, :, None]
+        columns = self._column(self.slot_rows())[:, :, None].expand_as(scores)
+        weights = scores.new_zeros(*scores.shape[:3], self._store.num_rows + 1)
+        weights = weights.scatter_add_(-1, columns, scores.softmax(-1))[..., :-1]
+        if full is None:
+            return weights
+        everywhere = torch.zeros_like(weights)
+        for batch, length in enumerate(lengths):
+            keys = self.read(batch, length)[..., : layout.head_dim]
+            products = torch.matmul(grouped[batch], keys.transpose(1, 2)).to(dtype)
+            everywhere[batch, :, :, :length] = products.softmax(-1)
+        return torch.where(full[..., None, None], everywhere, weights)
+
+    def unattended(self, units: UnitTable) -> Tensor:
+        from kvframe_kernels.rest_attention import unattended_tokens
+
+        return unattended_tokens(self.slots.resident_rows, units.offsets, units.num_units, units.max_units)
+
+    def step_is_over(self) -> None:
+        self._store.step_is_over()
 
     def attended_rows(self, batch: int, head: int) -> Tensor:
         ledger = self._ledger

@@ -4,7 +4,7 @@ import torch
 from attrs import frozen
 
 from kvframe.composition import Policy
-from kvframe.memory.index import UnitIndex
+from kvframe.memory.index import RowIndex, UnitIndex
 from kvframe.memory.ledger import NUM_COUNTS
 from kvframe.planner.shape import ModelShape
 from kvframe.planner.units import UnitCount
@@ -83,8 +83,9 @@ def plan_memory(
 
     units: counts the prompt's units; made from the policy without it. Numbers are expected to be checked.
     """
-    dense = sum(policy.is_dense(layer) for layer in shape.retrieval_layers)
-    retrieving = len(shape.retrieval_layers) - dense
+    retrieval_layers = [layer for layer in shape.retrieval_layers if not policy.is_dense(layer)]
+    retrieving = len(retrieval_layers)
+    dense = len(shape.retrieval_layers) - retrieving
     num_rows = context + max_new_tokens
     layout = shape.layout(batch_size)
     pool = policy.transfer.host_bytes(layout, num_rows)
@@ -96,7 +97,7 @@ def plan_memory(
     return MemoryPlan(
         weights=shape.weight_bytes,
         dense_kv=dense * kv,
-        slots=retrieving * _layer_slot_bytes(shape, policy, batch_size),
+        slots=sum(_layer_slot_bytes(shape, policy, batch_size, layer) for layer in retrieval_layers),
         index=retrieving * index,
         # What a transfer does not keep on the host it keeps on the device.
         pool_on_gpu=0 if pool else retrieving * kv,
@@ -108,9 +109,9 @@ def plan_memory(
     )
 
 
-def _layer_slot_bytes(shape: ModelShape, policy: Policy, batch_size: int) -> int:
+def _layer_slot_bytes(shape: ModelShape, policy: Policy, batch_size: int, layer_idx: int) -> int:
     """One retrieval layer's slots: K, V and bias of each, and the row in each resident one."""
-    capacity = policy.selector.capacity
+    capacity = policy.selector.capacity_in(shape.layout(batch_size, layer_idx))
     num_slots = policy.sink_size + capacity + policy.window_size + policy.units.max_size
     each = num_slots * (shape.row_bytes + shape.dtype.itemsize) + capacity * torch.int64.itemsize
     return batch_size * shape.num_kv_heads * each
@@ -118,15 +119,20 @@ def _layer_slot_bytes(shape: ModelShape, policy: Policy, batch_size: int) -> int
 
 def _layer_index_bytes(shape: ModelShape, policy: Policy, num_rows: int, num_units: int, batch_size: int) -> int:
     """What one retrieval layer takes for finding units: for each a summary, as the scorer makes it, an offset and a
-    flag; and a bit for each row."""
+    flag; and for each row a bit, what the selector keeps of it, what the scorer notes, and whether it is left."""
     num_heads = batch_size * shape.num_kv_heads
     counters = NUM_COUNTS * torch.int64.itemsize
     boundaries = (num_units + 2) * torch.int64.itemsize + (num_units + 1) * torch.bool.itemsize
     if not policy.selector.capacity:
         return num_heads * (counters + boundaries)  # nothing can be selected, so nothing is scored
+    layout = shape.layout(batch_size)
     marks = -(-num_rows // 32) * torch.int32.itemsize
-    column = UnitIndex(shape.layout(batch_size), policy.scorer).nbytes()  # an empty one has a single column
-    return num_heads * (counters + boundaries + marks) + (num_units + 1) * column
+    column = UnitIndex(layout, policy.scorer).nbytes()  # an empty one has a single column
+    row = RowIndex(layout, policy.selector, 0).nbytes()
+    noted = policy.scorer.num_notes * torch.float32.itemsize + policy.transfer.drops * torch.bool.itemsize
+    return (
+        num_heads * (counters + boundaries + marks + num_rows * noted) + (num_units + 1) * column + (num_rows + 1) * row
+    )
 
 
 def _staging_bytes(shape: ModelShape, context: int, max_new_tokens: int, chunk: int) -> int:

@@ -60,10 +60,10 @@ class ModelShape:
         """Bytes of `num_tokens` tokens a sequence in all layers with a full KV cache."""
         return len(self.retrieval_layers) * self.layer_kv_bytes(num_tokens, batch_size)
 
-    def layout(self, batch_size: int = 1) -> LayerLayout:
+    def layout(self, batch_size: int = 1, layer_idx: int = 0) -> LayerLayout:
         """One of its layers on the CPU, for stages that say how much memory they take."""
         return LayerLayout(
-            layer_idx=0,
+            layer_idx=layer_idx,
             num_layers=self.num_layers,
             batch_size=batch_size,
             num_qo_heads=self.num_qo_heads,

@@ -1,8 +1,12 @@
 """The five slots: one abstract class each, and the trivial members."""
 
 from kvframe.stages.base import SLOTS, Slot, Stage
+from kvframe.stages.drop import Drop
+from kvframe.stages.estimate import EstimateRest
+from kvframe.stages.quantized import QuantizedHostPool
+from kvframe.stages.rerank import SketchRerank
 from kvframe.stages.scorer import MeanKey, Scorer
-from kvframe.stages.selector import SelectNothing, Selector, TopBudget
+from kvframe.stages.selector import SelectNothing, Selector, TopBudget, TopBytes
 from kvframe.stages.transfer import HostPool, KeepOnDevice, Transfer
 from kvframe.stages.trigger import EveryStep, FixedStride, Never, Once, Trigger
 from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuilder
@@ -10,6 +14,8 @@ from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuil
 __all__ = [
     "SLOTS",
     "DecoupledUnits",
+    "Drop",
+    "EstimateRest",
     "EveryStep",
     "FixedStride",
     "HostPool",
@@ -18,13 +24,16 @@ __all__ = [
     "Never",
     "Once",
     "PageUnits",
+    "QuantizedHostPool",
     "Scorer",
     "SelectNothing",
     "Selector",
+    "SketchRerank",
     "Slot",
     "Stage",
     "TokenUnits",
     "TopBudget",
+    "TopBytes",
     "Transfer",
     "Trigger",
     "UnitBuilder",

@@ -2,23 +2,77 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import LeavingUnits, StepInputs, UnitTable
+from kvframe.types import Board, LayerLayout, LeavingUnits, PromptInputs, StepInputs, UnitTable
 from kvframe.validators import one_of
 
 Index = Mapping[str, Tensor]
 
 
 class Scorer(Stage):
-    """What stands for a unit, and how well that fits the current query."""
+    """What stands for a unit, and how well that fits the current query.
+
+    Besides `index` and `score`, a scorer may take *notes*: a few numbers for every token, by row, which it writes when
+    a prompt is read (`observe_prompt`) or when a step has attended (`observe`), and finds again in `inputs.notes`.
+    """
 
     slot: ClassVar[Slot] = "scorer"
+    reads_prompt: ClassVar[bool] = False
+    """Whether `observe_prompt` is to be called."""
+    reads_attention: ClassVar[bool] = False
+    """Whether `observe` is to be called, which costs a second pass over the attended tokens in every step."""
+
+    @property
+    def num_notes(self) -> int:
+        """Numbers noted of every token."""
+        return 0
+
+    @property
+    def means(self) -> tuple[str, str] | None:
+        """Which tensors of the index are the mean key and the mean value of a unit; None where there are none.
+
+        What is not retrieved can be estimated from them.
+        """
+        return None
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Dense layers that publish something for the layers behind them."""
+        return ()
+
+    def init(self, layout: LayerLayout) -> Any:
+        """Running state of one layer."""
+        return None
+
+    def begin(self, query: Tensor, state: Any) -> None:
+        """The prompt, or the next turn's text, has been read; `query` [B, Hq, D] is that of its last token."""
+
+    def probe(self, inputs: StepInputs, state: Any) -> Tensor:
+        """The query that units are scored with, [B, Hq, D]; called once for every generated token, due or not."""
+        return inputs.query
+
+    def observe_prompt(self, prompt: PromptInputs, state: Any) -> None:
+        """Tokens of a prompt attend in full: write notes, or remember queries."""
+
+    def observe(self, inputs: StepInputs, weights: Tensor, state: Any) -> None:
+        """A step has attended: write notes, in place.
+
+        weights: [B, H, G, R] in at least float32, what each row got from each query head of a group; they sum to 1 over
+        the attended rows and are 0 elsewhere. Proposed tokens are not observed.
+        """
+
+    def publish(self, query: Tensor, keys: Tensor, lengths: Tensor, layout: LayerLayout, board: Board) -> None:
+        """A dense layer of `sources` generates: enter something under its `layout.layer_idx` into the board.
+
+        query: [B, Hq, D]; keys: [B, H, L, D] by position, of which the first `lengths` [B] exist, the new token's
+        included.
+        """
 
     @abstractmethod
     def index(self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> dict[str, Tensor]:
@@ -72,19 +126,30 @@ class MeanKey(Scorer):
     """Normalise each query head over the units before the reduction."""
     size_term: bool = field(default=False, validator=one_of(True, False))
     """Add log(unit size), so that the softmax estimates the attention mass of a whole unit."""
+    keep_values: bool = field(default=False, validator=one_of(True, False))
+    """Keep a unit's mean value as well, for a selector that estimates what it does not retrieve."""
+
+    @property
+    def means(self) -> tuple[str, str] | None:
+        return ("mean_key", "mean_value") if self.keep_values else None
 
     def index(self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> dict[str, Tensor]:
         from kvframe_kernels.unit_index import unit_mean
 
-        return {"mean_key": unit_mean(keys, unit_ids, num_units)}
+        index = {"mean_key": unit_mean(keys, unit_ids, num_units)}
+        if self.keep_values:
+            index["mean_value"] = unit_mean(values, unit_ids, num_units)
+        return index
 
     def extend(self, index: Index, unit: LeavingUnits) -> None:
         from kvframe_kernels.unit_index import window_mean
 
-        window_mean(
-            index["mean_key"], unit.column, unit.leaves, unit.start, unit.size,
-            unit.keys, unit.ring_first, unit.ring_size,
-        )  # fmt: skip
+        for name, states in (("mean_key", unit.keys), ("mean_value", unit.values)):
+            if name in index:
+                window_mean(
+                    index[name], unit.column, unit.leaves, unit.start, unit.size,
+                    states, unit.ring_first, unit.ring_size,
+                )  # fmt: skip
 
     def score(self, inputs: StepInputs, index: Index, units: UnitTable) -> Tensor:
         from kvframe_kernels.unit_scores import unit_scores

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import StepInputs, UnitTable
+from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -16,19 +16,39 @@ class Selector(Stage):
     """Turns scores into the rows that a head attends to, besides sinks and window."""
 
     slot: ClassVar[Slot] = "selector"
+    estimates: ClassVar[bool] = False
+    """Whether what is not retrieved is estimated; a selection may say of which units."""
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether the scorer has to keep mean keys and values of units."""
+        return self.estimates
 
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """The most rows that one head can get; slots are sized by it."""
+        """Rows that a head gets on average, where there are as many."""
+
+    def capacity_in(self, layout: LayerLayout) -> int:
+        """The most rows that one head of a layer can get; slots are sized by it. The capacity, unless heads or layers
+        share a budget or leave room for tokens to come."""
+        return self.capacity
+
+    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+        """What is kept on the device of every row that leaves the window, for `units.row_index`.
+
+        keys: [M, T, D], values: [M, T, Dv]; centres: [M, T, D], for each token the mean key of its unit.
+        Returns named tensors [M, T, ...]; names and trailing shapes are always the same.
+        """
+        return {}
 
     @abstractmethod
-    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         """Rows for every head.
 
         scores: [B, H, U], -inf where there is no unit, and anything where `inputs.due` is False.
-        Returns (rows, count): int64 [B, H, capacity], each row once, with -1 behind the count, and int64 [B, H];
-        anything where `inputs.due` is False.
+        Returns (rows, count), or a Selection: int64 [B, H, capacity_in], each row once, with -1 behind the count, and
+        int64 [B, H]; anything where `inputs.due` is False.
         """
 
 
@@ -68,3 +88,33 @@ class SelectNothing(Selector):
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         rows = torch.empty(*scores.shape[:2], 0, dtype=torch.int64, device=scores.device)
         return rows, rows.new_zeros(scores.shape[:2])
+
+
+@frozen(kw_only=True)
+class TopBytes(Selector):
+    """Units in score order until so many bytes of the store are asked for; the last unit is cut to fit.
+
+    How many tokens that are depends on the store: four times as many in 4 bits as in 16.
+    """
+
+    name: ClassVar[str] = "top-bytes"
+    capturable: ClassVar[bool] = True
+    waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.EXACT_BUDGET})
+    byte_budget: int = field(default=256 * 1024, validator=integer(at_least=1))
+    """Bytes of rows that every head retrieves, resident or not."""
+    max_tokens: int = field(default=1024, validator=integer(at_least=1))
+    """Tokens that every head has slots for."""
+
+    @property
+    def capacity(self) -> int:
+        return self.max_tokens
+
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+        from kvframe_kernels.select_units import select_units
+
+        num_tokens = min(self.max_tokens, self.byte_budget // max(1, inputs.row_bytes))
+        if num_tokens == 0:
+            rows = torch.full((*scores.shape[:2], self.max_tokens), -1, dtype=torch.int64, device=scores.device)
+            return rows, rows.new_zeros(scores.shape[:2])
+        rows, count = select_units(scores, units.offsets, num_tokens, due=inputs.due)
+        return torch.nn.functional.pad(rows, (0, self.max_tokens - num_tokens), value=-1), count

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from attrs import frozen
 
+from kvframe.memory.codec import Codec
 from kvframe.memory.pool import RowPool, RowStore
 from kvframe.stages.base import Slot, Stage
 from kvframe.types import LayerLayout
@@ -16,10 +17,20 @@ class Transfer(Stage):
     missing."""
 
     slot: ClassVar[Slot] = "transfer"
+    drops: ClassVar[bool] = False
+    """Whether a token that a decode step neither attends to nor holds in the window is gone for good."""
 
     @abstractmethod
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
         """A store for `num_rows` tokens of one layer."""
+
+    def codec(self, layout: LayerLayout) -> Codec | None:
+        """How rows are stored, where they do not come back as they were."""
+        return None
+
+    def row_bytes(self, layout: LayerLayout) -> int:
+        """Bytes of a row in the store."""
+        return layout.row_bytes
 
     @abstractmethod
     def host_bytes(self, layout: LayerLayout, num_rows: int) -> int:

@@ -16,6 +16,10 @@ class Trigger(Stage):
     """Decides, for every KV head of every sequence, whether a step selects anew. Decisions stay on the device."""
 
     slot: ClassVar[Slot] = "trigger"
+    selects_ahead: ClassVar[bool] = False
+    """Whether decisions may have heads select for the next step."""
+    attends_in_full: ClassVar[bool] = False
+    """Whether decisions may have heads attend to everything, which reads all rows from the store."""
 
     @abstractmethod
     def init(self, layout: LayerLayout) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvframe.errors import SlotError
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import Decision, LayerLayout, StepInputs, Units
+from kvframe.types import BlockInputs, Decision, LayerLayout, StepInputs, Units
 from kvframe.validators import integer
 
 
@@ -22,6 +22,11 @@ class UnitBuilder(Stage):
     """
 
     slot: ClassVar[Slot] = "units"
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether `build_block` and `boundary` are to be told the ids of tokens."""
+        return False
 
     @property
     @abstractmethod
@@ -41,6 +46,10 @@ class UnitBuilder(Stage):
     @abstractmethod
     def build(self, keys: Tensor) -> Units:
         """Units of a run of prompt tokens; keys [N, T, D], N heads, T >= 1."""
+
+    def build_block(self, keys: Tensor, block: BlockInputs) -> Units:
+        """The same, where more is known of the tokens than their keys."""
+        return self.build(keys)
 
     @abstractmethod
     def init(self, layout: LayerLayout) -> Any:
@@ -151,8 +160,15 @@ class DecoupledUnits(UnitBuilder):
     def max_size(self) -> int:
         return self.output.max_size
 
+    @property
+    def needs_token_ids(self) -> bool:
+        return self.prompt.needs_token_ids or self.output.needs_token_ids
+
     def build(self, keys: Tensor) -> Units:
         return self.prompt.build(keys)
+
+    def build_block(self, keys: Tensor, block: BlockInputs) -> Units:
+        return self.prompt.build_block(keys, block)
 
     def init(self, layout: LayerLayout) -> Any:
         return self.output.init(layout)

@@ -9,7 +9,7 @@ from kvframe.eval.tasks.base import Encoder, Sample, Task, Turn, share, to_tenso
 from kvframe.eval.text import Haystack
 from kvframe.validators import integer
 
-CLOSING = "Here is a passage of the text above once more, word by word.\n\n"
+CLOSING = "\n\nHere is a passage of the text above once more, word by word.\n\n"
 
 
 @frozen(kw_only=True)

@@ -14,7 +14,7 @@ from kvframe.eval.text import Haystack
 from kvframe.validators import integer
 
 INTRODUCTION = "Some secret numbers are written down somewhere in this text. Keep them in mind.\n\n"
-CLOSING = "Now the secret numbers that were written down above.\n\n"
+CLOSING = "\n\nNow the secret numbers that were written down above.\n\n"
 
 
 def needle(name: str, number: str) -> str:
