@@ -149,15 +149,13 @@ def _list_cells(made: "Study", results: Path, json: bool) -> None:
     left = [cell for cell in cells if cell.key not in outcomes]
     total = sum(found.seconds for cell in left if isinstance(found := predicted[cell.key], Estimate))
     out().print(
-        f"\n{len(cells)} cells, {len(cells) - len(left)} of them done; the others take {_time(total)} of one worker, as "
-        "the planner predicts from arithmetic and memory traffic; Python comes on top",
+        f"\n{len(cells)} cells, {len(cells) - len(left)} of them done; the others take {_time(total)} of one worker, "
+        "as the planner predicts from arithmetic and memory traffic; Python comes on top",
         markup=False,
     )
 
 
-def _dry_table(
-    cells: Iterable["Cell"], predicted: dict[str, "Estimate | str"], outcomes: Collection[str]
-) -> Table:
+def _dry_table(cells: Iterable["Cell"], predicted: dict[str, "Estimate | str"], outcomes: Collection[str]) -> Table:
     """A row for the cells that differ in their seed only."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:

@@ -24,7 +24,7 @@ def out() -> Console:
 
 
 def print_table(table: Table) -> None:
-    """A table on standard output; where that is no terminal, as wide as it is, rather than cut to what one would have."""
+    """A table on standard output; where that is no terminal, as wide as it likes to be."""
     console = out()
     console.print(table, width=None if console.is_terminal else max(console.width, _WIDE))
 

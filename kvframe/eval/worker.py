@@ -1,7 +1,9 @@
 """One cell, wherever it runs: load the model, once in a process, evaluate, and never raise."""
 
 import functools
+import sys
 import traceback
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,22 @@ def run_cell(cell: Cell) -> Outcome:
 
 
 def explain(error: BaseException) -> str:
-    """A traceback as text."""
-    return "".join(traceback.format_exception(error)).rstrip()
+    """A traceback as text, files named as Python finds them: where they lie on this machine is nobody's business."""
+    found = traceback.TracebackException.from_exception(error)
+    waiting: list[traceback.TracebackException | None] = [found]
+    while waiting:
+        part = waiting.pop()
+        if part is not None:
+            for frame in part.stack:
+                frame.filename = _short(frame.filename)
+            waiting += [part.__cause__, part.__context__]
+    return "".join(found.format()).rstrip()
+
+
+def _short(file: str) -> str:
+    roots = [str(Path(entry).absolute()) for entry in sys.path if entry]
+    inside = [root for root in roots if file.startswith(root + "/")]
+    return file[len(max(inside, key=len)) + 1 :] if inside else Path(file).name
 
 
 def _figures(cell: Cell) -> dict[str, Any]:

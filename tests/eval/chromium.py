@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _SECONDS = 60.0
@@ -23,12 +23,12 @@ def find_chromium() -> str | None:
 class Browser:
     """One page of a running browser."""
 
-    def __init__(self, to_browser: int, from_browser: int) -> None:
-        self._out, self._in = os.fdopen(to_browser, "wb", buffering=0), os.fdopen(from_browser, "rb", buffering=0)
+    def __init__(self, to_browser: IO[bytes], from_browser: IO[bytes]) -> None:
+        self._out, self._in = to_browser, from_browser
         self._buffer = b""
         self._number = 0
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session: str | None = None
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.send("Page.enable")
 
@@ -36,7 +36,7 @@ class Browser:
         """Call a method of the DevTools protocol and return what it returns."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
-        if getattr(self, "_session", None):
+        if self._session is not None:
             message["sessionId"] = self._session
         self._out.write(json.dumps(message).encode() + b"\0")
         while True:
@@ -105,7 +105,8 @@ def running(program: str, profile: Path) -> Iterator[Browser]:
     os.close(to_browser)
     os.close(from_browser)
     try:
-        yield Browser(from_test, to_test)
+        with os.fdopen(from_test, "wb", buffering=0) as out, os.fdopen(to_test, "rb", buffering=0) as incoming:
+            yield Browser(out, incoming)
     finally:
         process.kill()
         process.wait()

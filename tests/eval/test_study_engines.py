@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from eval.studies import CONTEXT, save_tiny_model, small_study
 
 import kvframe.eval
 from kvframe.eval.engine import make_engine
-from kvframe.eval.engine.base import Engine
 from kvframe.eval.metrics import METRICS
 from kvframe.eval.outcome import Outcome
 from kvframe.eval.running import run_study
@@ -143,14 +143,14 @@ from kvframe.eval.tasks.copying import Copy
 
 @frozen(kw_only=True)
 class Logged(Copy):
-    '''Says which seed it is made for, takes its time, and kills its process for some.'''
+    '''Says which seed it is made for, and who its parent is; takes its time, and kills its process for some.'''
 
     name: ClassVar[str] = "logged"
     log: str
 
     def make(self, tokenizer, context_tokens, seed, haystack):
         with open(self.log, "a") as file:
-            file.write(f"{{seed}}\\n")
+            file.write(f"{{seed}} {{os.getppid()}}\\n")
         if str(seed) == os.environ.get("DEADLY_SEED"):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ.get("SECONDS_EACH", "0")))
@@ -179,7 +179,7 @@ def write_study(folder: Path, model: Path, *, seeds: int) -> StudyFile:
 def runs_of(folder: Path) -> Counter[int]:
     """How often each seed was begun."""
     log = folder / "log"
-    return Counter(map(int, log.read_text().split())) if log.exists() else Counter()
+    return Counter(int(line.split()[0]) for line in log.read_text().splitlines()) if log.exists() else Counter()
 
 
 def seeds_of(file: StudyFile, outcomes: dict[str, Outcome]) -> set[int]:
@@ -276,40 +276,42 @@ def test_a_driver_that_is_killed(model: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'kvframe[ray]'")
 @pytest.mark.filterwarnings("ignore")
 def test_a_node_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes, one of them killed while it works: its cells are run again, and none is lost."""
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    """Two nodes, one of them killed while it works: what it had in flight is run again, and nothing is lost."""
+    monkeypatch.setenv("SECONDS_EACH", "0.7")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray.cluster_utils import Cluster
 
     seeds = 8
     file = write_study(tmp_path, model, seeds=seeds)
-    monkeypatch.setenv("SECONDS_EACH", "0.5")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     doomed = cluster.add_node(num_cpus=1)
+    # Whoever runs a cell is a child of the node's own process.
+    parent = str(doomed.all_processes["raylet"][0].process.pid)
+    log, killed = Log(), threading.Event()
+
+    def kill() -> None:
+        def works() -> bool:
+            return (tmp_path / "log").exists() and parent in (tmp_path / "log").read_text().split()
+
+        wait_for(works)
+        cluster.remove_node(doomed, allow_graceful=False)
+        killed.set()
+
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
-        engine: Engine = make_engine("ray", study_file=file)
+        engine = make_engine("ray", study_file=file)
         assert engine.workers == 2
-
-        class Killer(Log):
-            """Kills the second node when both have work and some of it is done."""
-
-            def finished(self, cell: Cell, outcome: Outcome) -> None:
-                super().finished(cell, outcome)
-                if len([event for event in self.events if event[0] == "finished"]) == 2:
-                    wait_for(lambda: len(runs_of(tmp_path)) > 3)
-                    cluster.remove_node(doomed, allow_graceful=False)
-
-        log = Killer()
+        threading.Thread(target=kill, daemon=True).start()
         found = run_study(file.study(), tmp_path / "results.sqlite", engine=engine, observer=log)
     finally:
         ray.shutdown()
         cluster.shutdown()
 
-    assert not found.failed() and not found.missing()
+    assert killed.is_set() and not found.failed() and not found.missing()
     assert Counter(kind for kind, _ in log.events) == {"started": seeds, "finished": seeds}
-    assert sum(runs_of(tmp_path).values()) > seeds  # something was in flight on the node, and was run again
+    assert sum(runs_of(tmp_path).values()) == seeds + 1  # what was in flight on the node was run again
     monkeypatch.delenv("SECONDS_EACH")
     whole = run_study(file.study(), tmp_path / "whole.sqlite", engine=make_engine("inline"))
     assert figures_of(found.outcomes) == figures_of(whole.outcomes)
