@@ -1,8 +1,9 @@
-"""A small study: what each stage of LouisKV is worth on SmolLM2, on two tasks, at two budgets.
+"""A small study: what each stage of LouisKV is worth on SmolLM2, one exchanged at a time.
 
-    kvframe ablate examples/study.py --results study.sqlite --report study-report
+    kvframe ablate examples/study.py
 
-About six minutes on two cores. Break it off whenever you like: the same command goes on where it stopped.
+Needles and a verbatim copy, at two budgets; some minutes on two cores. Break it off whenever you like: the same command
+goes on where it stopped. Results and report lie beside this file, unless --results and --report say where.
 """
 
 import kvframe
@@ -15,20 +16,20 @@ study = kvframe.eval.Study(
     model=fetch_smollm2(),
     dtype="float32",
     tasks=[
-        kvframe.eval.task("niah_multiquery", num_needles=4),
-        kvframe.eval.task("copy", copy_tokens=48),
+        kvframe.eval.task("niah_multiquery", num_needles=3),
+        kvframe.eval.task("copy", copy_tokens=32),
     ],
     base=kvframe.policy("louiskv", sink_size=16, window_size=64),
     vary={
-        "trigger": [kvframe.EveryStep(), kvframe.FixedStride(stride=8), kvframe.Once()],
+        "trigger": [kvframe.EveryStep(), kvframe.FixedStride(stride=8)],
         "units": [kvframe.PageUnits(), ("units: clusters of 8", ClusterUnits(cluster_size=8))],
         "scorer": [("scorer: max over the group", kvframe.MeanKey(group_reduction="max"))],
     },
     policies=[
         kvframe.policy("oracle_topk", sink_size=16, window_size=64),
-        kvframe.policy("window", sink_size=16, window_size=192),
+        kvframe.policy("window", sink_size=16, window_size=128),
     ],
-    token_budget=[64, 256],
-    context=1536,
+    token_budget=[48, 192],
+    context=1024,
     seeds=range(2),
 )
