@@ -75,6 +75,34 @@ class Ahead:
         return cls(query, torch.zeros(layout.batch_size, layout.num_kv_heads, dtype=torch.bool, device=layout.device))
 
 
+class OutputBlocks:
+    """Runs of `size` generated tokens of one sequence, from `start` on, that are grouped anew one after the other.
+
+    The host knows where they end, because every step brings one token.
+    """
+
+    def __init__(self, size: int, start: int, length: int) -> None:
+        self.size = size
+        self.start = start
+        """Of the first block that has not been grouped anew."""
+        self.close_at = start + size * ((length - start) // size + 1)
+        """The next length at which a block ends."""
+
+    def regroup_at(self, window_size: int) -> int:
+        """The length at which all of the block has left the window."""
+        return self.start + self.size + window_size
+
+
+def output_units(policy: Policy, num_tokens: int) -> int:
+    """No more units can come from so many generated tokens."""
+    units = policy.units
+    most = num_tokens // min(units.min_size, units.max_size) + 1
+    if units.regroup_size is not None:
+        regrouped = units.regroup(torch.zeros(1, units.regroup_size, 1)).sizes.shape[1]
+        most += (num_tokens // units.regroup_size + 1) * (regrouped + 1)
+    return most
+
+
 class RetrievalLayer(LayerRuntime):
     """A layer under a policy: ledger, memory, index, and the running state of the stages.
 
@@ -119,6 +147,7 @@ class RetrievalLayer(LayerRuntime):
         self.positions = RowPositions(layout)
         self._capacity = capacity
         self._has_selected = False  # since the last prompt
+        self._blocks: list[OutputBlocks] = []  # of every sequence; none where nothing is regrouped
         self._init_stages()
         self._tail: Tentative | None = None
         self._num_forgotten = 0
@@ -279,13 +308,11 @@ class RetrievalLayer(LayerRuntime):
         units = self.policy.units.build_block(keys, self._block_inputs(batch, start, start + keys.shape[1]))
         rows = self.memory.stage(keys.shape[1])
         write_in_order(keys, values, units.order, rows)
-        num_heads, num_units = units.sizes.shape
+        num_units = units.sizes.shape[1]
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
         if self._index is not None:
-            unit_ids = torch.arange(num_units, device=keys.device).repeat(num_heads)
-            unit_ids = unit_ids.repeat_interleave(units.sizes.flatten(), output_size=units.order.numel())
-            unit_ids = unit_ids.view(num_heads, -1)
+            unit_ids = units.ids()
             ordered = rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :]
             self._index.write(batch, columns, self.policy.scorer.index(*ordered, unit_ids, num_units))
             self._row_index.write(batch, start, *ordered, unit_ids, num_units)
@@ -307,6 +334,8 @@ class RetrievalLayer(LayerRuntime):
         self._commit_tail()
         self._begin_decode()
         self.reserve(max(self.ledger.lengths) + num_tokens)
+        self._close_blocks()
+        self._regroup_blocks()
 
     def step(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if self._on_cpu or query.shape[2] > 1:
@@ -375,7 +404,10 @@ class RetrievalLayer(LayerRuntime):
         return [id(self), self.capacity, self.ledger.max_units, self._num_forgotten]
 
     def steps_left(self) -> int:
-        return self.capacity - max(self.ledger.lengths)
+        left = self.capacity - max(self.ledger.lengths)
+        for length, block in zip(self.ledger.lengths, self._blocks, strict=False):
+            left = min(left, block.close_at - length, block.regroup_at(self.ledger.window_size) - length)
+        return left
 
     def _begin_decode(self) -> None:
         if self.ledger.in_prompt:
@@ -385,12 +417,54 @@ class RetrievalLayer(LayerRuntime):
             self.ledger.fit_units(num_units)
             if self._index is not None:
                 self._index.fit(num_units)
+            starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
+            size = self.policy.units.regroup_size
+            if size is not None:
+                self._blocks = [
+                    OutputBlocks(size, start, length) for start, length in zip(starts, self.ledger.lengths, strict=True)
+                ]
+
+    def _close_blocks(self) -> None:
+        """The end of a block is the end of a unit."""
+        for batch, (block, length) in enumerate(zip(self._blocks, self.ledger.lengths, strict=False)):
+            if length == block.close_at:
+                self.ledger.close_open(batch)
+                block.close_at += block.size
+
+    def _regroup_blocks(self) -> None:
+        """Group generated tokens anew, where a whole block of them has left the window."""
+        for batch, (block, length) in enumerate(zip(self._blocks, self.ledger.lengths, strict=False)):
+            while length >= block.regroup_at(self.ledger.window_size):
+                self._regroup(batch, block.start, block.start + block.size)
+                block.start += block.size
+
+    def _regroup(self, batch: int, start: int, stop: int) -> None:
+        memory, width = self.memory, self.layout.head_dim
+        read = memory.read_range(batch, start, stop)
+        units = self.policy.units.regroup(read[..., :width])
+        rows = memory.stage(stop - start)
+        write_in_order(read[..., :width], read[..., width:], units.order, rows)
+        first, sources, is_new = self.ledger.regroup(batch, start, stop, units)
+        if self._index is not None:
+            unit_ids, num_units = units.ids(), units.sizes.shape[1]
+            ordered = rows[..., :width], rows[..., width:]
+            entries = self.policy.scorer.index(*ordered, unit_ids, num_units)
+            self._index.regroup(batch, sources, entries, first, is_new)
+            self._row_index.write(batch, start, *ordered, unit_ids, num_units)
+        if self._estimated is not None:
+            own = self._estimated[batch]
+            moved = own.gather(1, sources[:, : own.shape[1]].clamp(max=own.shape[1] - 1))
+            own.copy_(moved | is_new[:, : own.shape[1]])
+        if self._notes is not None:
+            self._notes.reorder(batch, start, units.order)
+        memory.reorder(batch, start, units.order, rows)
+        self.positions.add_block(batch, start, units.order)
 
     def _output_units(self) -> int:
         """No more units can come from the tokens in the window and those there is room for."""
         remaining = self.capacity - min(self.ledger.lengths) + self.ledger.window_size + self.ledger.max_size
-        return remaining // self.ledger.min_size + 1
+        return output_units(self.policy, remaining)
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
@@ -493,6 +567,7 @@ class RetrievalLayer(LayerRuntime):
             self._begin_decode()
             self.reserve(max(self.ledger.lengths) + tail.num_tokens)
             for token in range(tail.num_tokens):
+                self._close_blocks()
                 lengths = [length + 1 for length in self.ledger.lengths]
                 self._append(tail.query[:, :, token], tail.keys[:, :, token], tail.values[:, :, token], lengths)
                 self._let_go()
@@ -550,6 +625,7 @@ class RetrievalLayer(LayerRuntime):
         if self._ahead is not None:
             self._ahead.due.zero_()
         self._estimated = self._full = None
+        self._blocks = []
         self._init_stages()
 
     def _init_stages(self) -> None:
@@ -563,6 +639,12 @@ class RetrievalLayer(LayerRuntime):
             return torch.arange(self.ledger.lengths[batch])
         positions = self.positions.of(batch, self.capacity)[head][self.memory.attended_rows(batch, head)]
         return positions.sort().values.long()
+
+    def is_left(self, batch: int, head: int, stop: int) -> Tensor:
+        """bool [stop]: the first rows of a head that a transfer has not dropped."""
+        if self._survivors is None:
+            return torch.ones(stop, dtype=torch.bool)
+        return self._survivors.alive[batch, head, :stop].cpu()
 
     def unit_sizes(self, *, prompt: bool) -> Tensor:
         """Sizes of all closed prompt units, or of all closed segments, of every head; reads the device."""

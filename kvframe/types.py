@@ -161,6 +161,13 @@ class Units:
     def _count(self) -> Tensor:
         return (self.sizes > 0).sum(-1)
 
+    def ids(self) -> Tensor:
+        """int64 [N, T]: the unit of every token, in unit order."""
+        num_heads, num_units = self.sizes.shape
+        numbers = torch.arange(num_units, device=self.sizes.device).repeat(num_heads)
+        ids = numbers.repeat_interleave(self.sizes.flatten(), output_size=self.order.numel())
+        return ids.view(num_heads, -1)
+
 
 @frozen(kw_only=True, eq=False)
 class UnitTable:

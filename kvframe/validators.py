@@ -14,12 +14,15 @@ def _where(instance: Any, attribute: "attrs.Attribute[Any]") -> str:
     return f"{type(instance).__name__}.{attribute.name}"
 
 
-def integer(*, at_least: int) -> Validator:
-    """An int, not a bool, of at least this size."""
+def integer(*, at_least: int, or_none: bool = False) -> Validator:
+    """An int, not a bool, of at least this size; with `or_none` None as well."""
 
     def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if or_none and value is None:
+            return
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ConfigError(f"{_where(instance, attribute)} must be an integer >= {at_least}, got {value!r}")
+            wanted = f"an integer >= {at_least}" + (" or None" if or_none else "")
+            raise ConfigError(f"{_where(instance, attribute)} must be {wanted}, got {value!r}")
 
     return check
 

@@ -1,22 +1,24 @@
-"""What LouisKV is compared with, each in the same five slots."""
+"""What LouisKV is compared with, each in the same five slots: a module for each paper, which tells how it differs."""
 
 from collections.abc import Iterable
 
-from kvframe.hookspecs import PolicySpec, hookimpl
-from kvframe_baselines.full import FullConfig, build_full
-from kvframe_baselines.oracle_topk import OracleTopKConfig, build_oracle_topk
-from kvframe_baselines.window import WindowConfig, build_window
+from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
+from kvframe_baselines import arkvale, clusterkv, full, oracle_topk, quest, streamingllm, window
+from kvframe_baselines.stages import BoundingBox
 
 KVFRAME_API_VERSION = 1
 
-__all__ = ["FullConfig", "OracleTopKConfig", "WindowConfig", "build_full", "build_oracle_topk", "build_window"]
+__all__ = ["BoundingBox"]
+
+
+@hookimpl
+def kvframe_stages() -> Iterable[StageSpec]:
+    """The stages that these policies add to the core's."""
+    return [StageSpec(BoundingBox, paper="arXiv 2406.10774")]
 
 
 @hookimpl
 def kvframe_policies() -> Iterable[PolicySpec]:
-    """The reference points: everything, nothing but sinks and window, and the best tokens at a budget."""
-    return [
-        PolicySpec(name="full", config_cls=FullConfig, build=build_full),
-        PolicySpec(name="window", config_cls=WindowConfig, build=build_window),
-        PolicySpec(name="oracle_topk", config_cls=OracleTopKConfig, build=build_oracle_topk),
-    ]
+    """Reference points (everything, nothing but sinks and window, the best tokens at a budget), then the papers."""
+    modules = (full, window, oracle_topk, streamingllm, quest, arkvale, clusterkv)
+    return [spec for module in modules for spec in module.POLICIES]

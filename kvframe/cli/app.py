@@ -16,6 +16,8 @@ from kvframe.cli.evaluate import evaluate
 from kvframe.cli.families import families
 from kvframe.cli.generate import generate
 from kvframe.cli.listing import list_
+from kvframe.cli.matrix import matrix
+from kvframe.cli.pages import pages
 from kvframe.cli.plan import plan
 from kvframe.cli.show import show
 from kvframe.errors import KvframeError
@@ -49,7 +51,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, compare, ablate, doctor, families):
+for command in (demo, generate, show, plan, calibrate, compare, ablate, doctor, families, matrix, pages):
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command(name="list")(list_)

@@ -28,6 +28,8 @@ class Stage(ABC):
     decides nothing in Python that differs from step to step, and keeps its state in tensors updated in place."""
     waives: ClassVar[frozenset[Invariant]] = frozenset()
     """Promises that a policy with this stage does not make."""
+    calibrated: ClassVar[tuple[str, ...]] = ()
+    """Options of this stage whose values have to fit the model, and can be found from unlabelled text."""
 
     def with_parts(self) -> Iterator["Stage"]:
         """This stage, and those that it is made of."""

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import make_layout, small_stages, stage_id, unit_table
+from helpers import stage_id
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvframe import MeanKey, Scorer, StepInputs
 from kvframe.errors import ConfigError
+from kvframe.testing.cases import make_layout, unit_table
+from kvframe.testing.small import small_stages
 
 
 @pytest.mark.parametrize("scorer", small_stages("scorer"), ids=stage_id)

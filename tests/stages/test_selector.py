@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import make_layout, small_stages, stage_id
+from helpers import stage_id
 
 from kvframe import SelectNothing, Selector, StepInputs, TopBudget, UnitTable
 from kvframe.errors import ConfigError
+from kvframe.testing.cases import make_layout
+from kvframe.testing.small import small_stages
 
 # A selector that goes by the scores does not look at the query.
 INPUTS = StepInputs(query=torch.zeros(2, 4, 8), layout=make_layout())
