@@ -9,7 +9,6 @@ goes on where it stopped. Results and report lie beside this file, unless --resu
 import kvframe
 import kvframe.eval
 from kvframe.models import fetch_smollm2
-from kvframe_louis import ClusterUnits
 
 study = kvframe.eval.Study(
     title="LouisKV on SmolLM2, one stage at a time",
@@ -22,7 +21,7 @@ study = kvframe.eval.Study(
     base=kvframe.policy("louiskv", sink_size=16, window_size=64),
     vary={
         "trigger": [kvframe.EveryStep(), kvframe.FixedStride(stride=8)],
-        "units": [kvframe.PageUnits(), ("units: clusters of 8", ClusterUnits(cluster_size=8))],
+        "units": [kvframe.PageUnits(), ("units: clusters of 8", kvframe.ClusterUnits(cluster_size=8))],
         "scorer": [("scorer: max over the group", kvframe.MeanKey(group_reduction="max"))],
     },
     policies=[
