@@ -33,6 +33,16 @@ class LayerMemory(ABC):
         D + Dv], K and V of a token side by side. Valid until the read after the next one."""
 
     @abstractmethod
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of one sequence that have left the window, [H, stop - start, D + Dv], as the store gives
+        them back."""
+
+    @abstractmethod
+    def reorder(self, batch: int, start: int, order: Tensor, rows: Tensor) -> None:
+        """Rows [start, start + n) of one sequence are stored anew as `rows` [H, n, D + Dv], as `stage` made room for:
+        row start + i of a head is what was row start + order[i]; order int64 [H, n]. Attention sees what it saw."""
+
+    @abstractmethod
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Positions [start, stop) of one sequence, all inside the window: [H, n, D], [H, n, Dv]."""
 

@@ -74,6 +74,18 @@ class DenseMemory(LayerMemory):
         rows[:, :stop] = torch.cat([keys[batch, :, :stop], values[batch, :, :stop]], -1)
         return rows
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        return self.read(batch, stop)[:, start:].clone()
+
+    def reorder(self, batch: int, start: int, order: Tensor, rows: Tensor) -> None:
+        own = slice(start, start + order.shape[1])
+        for tensor in (self.keys, self.values, self.resident, self._came_back):
+            before = tensor[batch, :, own]
+            places = order.view(*order.shape, *(1,) * (before.dim() - 2)).expand_as(before)
+            tensor[batch, :, own] = before.gather(1, places)
+        if self._codec is not None and self._stored is not None:
+            self._stored[batch, :, own] = self._codec.block(rows)
+
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         # Clones, because a block may be written over the rows it was read from.
         return self.keys[batch, :, start:stop].clone(), self.values[batch, :, start:stop].clone()

@@ -48,6 +48,18 @@ class UnitIndex:
         for name, entry in entries.items():
             self.tensors[name][batch, self._head_ids[:, None], columns] = entry
 
+    def regroup(self, batch: int, sources: Tensor, entries: dict[str, Tensor], first: Tensor, is_new: Tensor) -> None:
+        """Units of one sequence are replaced: column c of a head becomes the entry c - first of `entries` [H, K, ...]
+        where `is_new` [H, columns], elsewhere what was in column sources[c]; in place."""
+        for name, tensor in self.tensors.items():
+            own, entry = tensor[batch], entries[name].to(tensor.dtype)
+            num_columns = own.shape[1]
+            columns = torch.arange(num_columns, device=own.device)
+            fresh = (columns - first[:, None]).clamp(0, entry.shape[1] - 1)
+            moved = sources[:, :num_columns].clamp(max=num_columns - 1)
+            fresh, moved, new = (_spread(part, own) for part in (fresh, moved, is_new[:, :num_columns]))
+            own.copy_(torch.where(new, entry.gather(1, fresh), own.gather(1, moved)))
+
     def view(self, num_units: int) -> dict[str, Tensor]:
         """The first `num_units` columns."""
         return {name: tensor[:, :, :num_units] for name, tensor in self.tensors.items()}
@@ -59,6 +71,12 @@ class UnitIndex:
     def nbytes(self) -> int:
         """Device memory held."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _spread(places: Tensor, states: Tensor) -> Tensor:
+    """[H, n] as [H, n, ...] of the trailing shape of `states`."""
+    shape = (*places.shape, *states.shape[2:])
+    return places.view(*places.shape, *(1,) * (states.dim() - 2)).expand(shape)
 
 
 class RowIndex:

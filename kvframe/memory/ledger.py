@@ -157,6 +157,47 @@ class Ledger:
             self._most_closed[batch] += full
             self.counts[OPEN, batch] -= full * self.max_size
 
+    def close_open(self, batch: int) -> None:
+        """The open unit of every head of one sequence ends here, whatever its size."""
+        counts = self.counts[:, batch]
+        self.unit_offsets[batch].scatter_(-1, (counts[CLOSED] + 1)[:, None], counts[LENGTH][:, None].int())
+        counts[CLOSED] += counts[OPEN] > 0
+        counts[OPEN].zero_()
+
+    def regroup(self, batch: int, start: int, stop: int, units: Units) -> tuple[Tensor, Tensor, Tensor]:
+        """The units of the rows [start, stop) of one sequence, all of them in the index, are replaced by others.
+
+        Both bounds are bounds of units in every head, and the rows lie in the new units' order already.
+        Returns (first int64 [H], sources int64 [H, columns], is_new bool [H, columns]): the first replaced column; for
+        every column of the index, where what is in it now was before; and whether it is one of the new ones.
+        """
+        offsets, counts = self.unit_offsets[batch], self.counts[:, batch]
+        columns = torch.arange(offsets.shape[1], device=offsets.device)
+        # Behind the last closed unit there is no order.
+        bounds = offsets.masked_fill(columns > counts[CLOSED][:, None], torch.iinfo(offsets.dtype).max)
+        edges = (
+            torch.tensor([start, stop], dtype=offsets.dtype, device=offsets.device)
+            .expand(offsets.shape[0], 2)
+            .contiguous()
+        )
+        first, behind = torch.searchsorted(bounds, edges).unbind(-1)
+        more = units.num_units - (behind - first)
+        past = columns - first[:, None]  # columns past the first that is replaced
+        ends = start + units.sizes.cumsum(-1)
+        sources = torch.where(past > 0, columns - more[:, None], columns).clamp(0, offsets.shape[1] - 1)
+        inside = (past > 0) & (past <= units.num_units[:, None])
+        fresh = ends.gather(1, (past - 1).clamp(0, ends.shape[1] - 1))
+        offsets.copy_(torch.where(inside, fresh, offsets.gather(1, sources).long()))
+        is_new = (past >= 0) & (past < units.num_units[:, None])
+        sources = torch.where(past >= units.num_units[:, None], columns - more[:, None], columns)
+        sources = sources.clamp(0, offsets.shape[1] - 1)
+        flags = self.is_prompt_unit[batch]
+        width = flags.shape[1]
+        flags.copy_(flags.gather(1, sources[:, :width].clamp(max=width - 1)) & ~is_new[:, :width])
+        counts[CLOSED] += more
+        counts[UNITS] += more
+        return first, sources, is_new
+
     def advance(self, cut: Tensor | None) -> None:
         """Take one token of every sequence in; `cut` bool [B, H] ends the open unit before it.
 
