@@ -1,5 +1,6 @@
 """One layer's step: calls the five stages in order. It has no policy of its own."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,7 @@ from kvframe.types import (
     UnitTable,
 )
 from kvframe_kernels.kmeans import write_in_order
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -94,14 +95,13 @@ class OutputBlocks:
         return self.start + self.size + window_size
 
 
-def output_units(policy: Policy, num_tokens: int) -> int:
-    """No more units can come from so many generated tokens."""
-    units = policy.units
-    most = num_tokens // min(units.min_size, units.max_size) + 1
-    if units.regroup_size is not None:
-        regrouped = units.regroup(torch.zeros(1, units.regroup_size, 1)).sizes.shape[1]
-        most += (num_tokens // units.regroup_size + 1) * (regrouped + 1)
-    return most
+def units_of_regrouping(policy: Policy, num_tokens: int) -> int:
+    """So many units more can come of generated tokens where they are grouped anew in blocks."""
+    size = policy.units.regroup_size
+    if size is None:
+        return 0
+    of_block = policy.units.regroup(torch.zeros(1, size, 1)).sizes.shape[1]
+    return (num_tokens // size + 1) * (of_block + 1)  # one where the end of a block cuts a unit
 
 
 class RetrievalLayer(LayerRuntime):
@@ -180,7 +180,9 @@ class RetrievalLayer(LayerRuntime):
             if kept is not None:
                 kept.reserve(self._capacity)
         if not self.ledger.in_prompt:
-            self._reserve_units(self.ledger.max_units + (self._capacity - before) // self.ledger.min_size + 1)
+            more = self._capacity - before
+            units = more // self.ledger.min_size + 1 + units_of_regrouping(self.policy, more)
+            self._reserve_units(self.ledger.max_units + units)
 
     # ---- the prompt -------------------------------------------------------------------------------------------------
 
@@ -296,7 +298,8 @@ class RetrievalLayer(LayerRuntime):
         ledger.begin_prompt()
         ahead = [length + num for length, num in zip(ledger.lengths, num_real, strict=True)]
         if ledger.has_decoded:
-            # Units still in the window from an earlier turn make room first.
+            # Units still in the window from an earlier turn make room first; the index may have none for them yet.
+            self._reserve_units(max(map(ledger.most_closed, range(len(num_real)))))
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
                 self._extend_index(unit)
@@ -430,8 +433,9 @@ class RetrievalLayer(LayerRuntime):
         self.memory.traffic.rows_written += self.layout.batch_size * self.layout.num_kv_heads
 
     def addresses(self) -> list[int]:
-        # Whatever grows, grows with the rows or with the units; states of stages are made anew when all is forgotten.
-        return [id(self), self.capacity, self.ledger.max_units, self._num_forgotten]
+        # The memory grows with the rows; states of stages are made anew when all is forgotten.
+        index = [] if self._index is None else self._index.addresses()
+        return [id(self), self.capacity, self._num_forgotten, self.ledger.unit_offsets.data_ptr(), *index]
 
     def steps_left(self) -> int:
         left = self.capacity - max(self.ledger.lengths)
@@ -443,12 +447,14 @@ class RetrievalLayer(LayerRuntime):
         if self.ledger.in_prompt:
             # Room for all units that the planned rows can still give, so that nothing is allocated while decoding; and
             # no more than that, now that the prompt's units are counted.
-            num_units = max(self.ledger.closed_at_end()) + self._output_units()
-            self.ledger.fit_units(num_units)
+            num_closed, num_left = self.ledger.most_units(self.capacity)
+            more = units_of_regrouping(self.policy, self.capacity - min(self.ledger.open_starts))
+            self.ledger.fit_units(num_closed + more)
             if self._index is not None:
-                self._index.fit(num_units)
+                self._index.fit(num_left + more)
             starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
+            self.memory.begin_decode()
             size = self.policy.units.regroup_size
             if size is not None:
                 self._blocks = [
@@ -492,11 +498,6 @@ class RetrievalLayer(LayerRuntime):
             own.copy_(moved | is_new[:, : own.shape[1]])
         memory.reorder(batch, start, units.order, rows)
         self.positions.add_block(batch, start, units.order)
-
-    def _output_units(self) -> int:
-        """No more units can come from the tokens in the window and those there is room for."""
-        remaining = self.capacity - min(self.ledger.lengths) + self.ledger.window_size + self.ledger.max_size
-        return output_units(self.policy, remaining)
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
@@ -554,7 +555,7 @@ class RetrievalLayer(LayerRuntime):
 
     def _units(self, index: UnitIndex) -> UnitTable:
         """The units that can be selected."""
-        max_units = max(1, self.ledger.visible_units())
+        max_units = max(1, min(self.ledger.visible_units(), index.max_units))
         return UnitTable(
             offsets=self.ledger.unit_offsets,
             num_units=self.ledger.num_units,
@@ -722,6 +723,9 @@ def _make_memory(
     num_resident = policy.selector.capacity_in(layout)
     if execution == "offload":
         store = policy.transfer.init(layout, capacity)
-        return SlotMemory(layout, ledger, store, num_resident, backend or slot_attention)
+        if backend is None:
+            arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
+            backend = functools.partial(slot_attention, arrivals=arrivals)
+        return SlotMemory(layout, ledger, store, num_resident, backend)
     memory = DenseMemory if execution == "dense" else ShadowMemory
     return memory(layout, ledger, capacity, num_resident, policy.transfer.codec(layout))

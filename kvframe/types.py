@@ -192,7 +192,7 @@ class UnitTable:
     """The units that can be selected, as scorer and selector see them."""
 
     offsets: Tensor
-    """int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
+    """int32 or int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
     num_units: Tensor
     """int64 [B, H]: units behind it do not exist."""
     max_units: int
@@ -204,7 +204,7 @@ class UnitTable:
 
     @property
     def sizes(self) -> Tensor:
-        """int64 [B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
+        """[B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
         return self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]
 
     def of_rows(self, numbers: Tensor, reduction: Literal["mean", "amax"] = "mean") -> Tensor:

@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 from kvframe.cli.bench import bench
 from kvframe.cli.calibrate import calibrate
+from kvframe.cli.compare import compare
 from kvframe.cli.console import errors, out
 from kvframe.cli.demo import demo
 from kvframe.cli.doctor import doctor
@@ -48,7 +49,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, doctor, families, matrix, pages):
+for command in (demo, generate, show, plan, calibrate, compare, doctor, families, matrix, pages):
     app.command()(command)
 app.command(name="list")(list_)
 app.add_typer(bench)
