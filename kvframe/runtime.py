@@ -101,7 +101,7 @@ def units_of_regrouping(policy: Policy, num_tokens: int) -> int:
     if size is None:
         return 0
     of_block = policy.units.regroup(torch.zeros(1, size, 1)).sizes.shape[1]
-    return (num_tokens // size + 1) * (of_block + 1)  # one where the end of a block cuts a unit
+    return (max(0, num_tokens) // size + 1) * (of_block + 1)  # one where the end of a block cuts a unit
 
 
 class RetrievalLayer(LayerRuntime):

@@ -1,4 +1,4 @@
-"""Evaluation: tasks made from a seed, figures of a policy on them, and comparisons.
+"""Evaluation: tasks made from a seed, figures of a policy on them, comparisons and studies.
 
 Importing this package loads neither transformers nor what the figures need; names come when they are first asked for.
 """
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from kvframe.eval.forced import context_limit, full_logits, run_forced
     from kvframe.eval.metrics import DEFAULT_METRICS, METRICS, check_metrics
     from kvframe.eval.runner import evaluate
+    from kvframe.eval.running import run_study
     from kvframe.eval.statistics import mean_interval
+    from kvframe.eval.study import Study
     from kvframe.eval.tasks import TASKS, Sample, Task, Turn, task
     from kvframe.eval.text import Haystack, haystack
 
@@ -21,6 +23,7 @@ __all__ = [
     "TASKS",
     "Haystack",
     "Sample",
+    "Study",
     "Task",
     "Turn",
     "check_metrics",
@@ -31,6 +34,7 @@ __all__ = [
     "haystack",
     "mean_interval",
     "run_forced",
+    "run_study",
     "task",
 ]
 
@@ -41,6 +45,7 @@ _LAZY = {
     "TASKS": "kvframe.eval.tasks",
     "Haystack": "kvframe.eval.text",
     "Sample": "kvframe.eval.tasks",
+    "Study": "kvframe.eval.study",
     "Task": "kvframe.eval.tasks",
     "Turn": "kvframe.eval.tasks",
     "check_metrics": "kvframe.eval.metrics",
@@ -51,6 +56,7 @@ _LAZY = {
     "haystack": "kvframe.eval.text",
     "mean_interval": "kvframe.eval.statistics",
     "run_forced": "kvframe.eval.forced",
+    "run_study": "kvframe.eval.running",
     "task": "kvframe.eval.tasks",
 }
 

@@ -29,8 +29,10 @@ from kvframe.types import Execution
 Options = Mapping[str, SearchStrategy[Any]]
 """Strategies by the name of an option, for options that the kit does not know or should draw otherwise."""
 
+_USUAL = {"max_turns": 2, "max_prompt": 40, "max_steps": 12}
+_SMALL = {"max_turns": 2, "max_prompt": 30, "max_steps": 6}
 # Runs that are spent on making a failing example smaller.
-_SHRINK_RUNS = 60
+_SHRINK_RUNS = 40
 
 
 @frozen(kw_only=True)
@@ -166,7 +168,7 @@ def check_plugin(
     registry: Registry | None = None,
     max_examples: int | None = None,
 ) -> tuple[Summary, ...]:
-    """Check every policy of an installed plugin, and every stage of it that none of its policies has.
+    """Check every policy and every stage of an installed plugin.
 
     name: that of its entry point, as `kvframe list` shows it. The other arguments are those of `check_policy`.
 
@@ -326,7 +328,7 @@ def _examine(
 ) -> Outcome | Failure:
     """Run the examples of one promise."""
     examples = _Examples(promise)
-    limits = {"max_turns": 2, "max_prompt": 40, "max_steps": 8} if promise.is_small else {}
+    limits = _SMALL if promise.is_small else _USUAL
     executions: tuple[Execution, ...] = ("dense", "offload") if promise.by_execution else ("offload",)
 
     @settings(

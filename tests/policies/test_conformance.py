@@ -12,7 +12,7 @@ from kvframe.testing.small import small_policy, small_stages
 
 def num_examples() -> int:
     """Few of each promise in the suite; as many as the profile says where it is a thorough one."""
-    return max(3, settings().max_examples // 10)
+    return max(2, settings().max_examples // 15)
 
 
 @pytest.mark.parametrize("record", policy_records(), ids=record_id)
