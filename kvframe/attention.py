@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 
 def causal_attention(
@@ -25,6 +24,8 @@ def causal_attention(
         return F.scaled_dot_product_attention(query, keys, values, scale=sm_scale, enable_gqa=grouped)
     if num_queries == num_keys:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=sm_scale, enable_gqa=grouped)
+    from torch.nn.attention.bias import causal_lower_right  # loads triton
+
     # is_causal would align to the upper left: a chunk's first query would see only the first key.
     mask = causal_lower_right(num_queries, num_keys)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=sm_scale, enable_gqa=grouped)

@@ -92,28 +92,30 @@ class StepInputs:
     """The scorer's running state, once its `probe` was asked."""
     notes: Tensor | None = None
     """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
+    full: Tensor | None = None
+    """bool [B, H], the heads that attend to everything in this step; None where none ever does."""
     token_ids: Tensor | None = None
     """int64 [B], the id of this token; None unless a stage asks for ids."""
     row_bytes: int = 0
     """Bytes of a row in the store."""
     board: "Board | None" = None
-    """What other layers have published in this step."""
+    """What other layers have published, in this step or before."""
 
 
-Board = dict[int, Tensor]
-"""By layer: what it has published for the layers behind it in one forward pass. One a cache."""
+Board = dict[tuple[str, int], Tensor]
+"""By what it is and by layer: what a layer has published for the others. One a cache."""
 
 
 @frozen(kw_only=True, eq=False)
 class PromptInputs:
-    """What a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
+    """What a trigger or a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
 
     query: Tensor
     """[Hq, T, D], after RoPE."""
     keys: Tensor
     """[H, L, D], L >= T, in the order of the rows: those of earlier tokens, then the T of this run."""
     notes: Tensor
-    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new."""
+    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new. A trigger has none, F = 0."""
     positions: Callable[[], Tensor]
     """Gives int64 [H, L], the positions of the same rows; waits for the device where there are earlier tokens."""
     alive: Tensor | None
@@ -121,6 +123,8 @@ class PromptInputs:
     batch: int
     """The sequence's place in the batch."""
     layout: LayerLayout
+    board: "Board"
+    """What layers have told each other; to be written where others are to know."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -175,13 +179,20 @@ class Units:
     def _count(self) -> Tensor:
         return (self.sizes > 0).sum(-1)
 
+    def ids(self) -> Tensor:
+        """int64 [N, T]: the unit of every token, in unit order."""
+        num_heads, num_units = self.sizes.shape
+        numbers = torch.arange(num_units, device=self.sizes.device).repeat(num_heads)
+        ids = numbers.repeat_interleave(self.sizes.flatten(), output_size=self.order.numel())
+        return ids.view(num_heads, -1)
+
 
 @frozen(kw_only=True, eq=False)
 class UnitTable:
     """The units that can be selected, as scorer and selector see them."""
 
     offsets: Tensor
-    """int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
+    """int32 or int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
     num_units: Tensor
     """int64 [B, H]: units behind it do not exist."""
     max_units: int
@@ -193,7 +204,7 @@ class UnitTable:
 
     @property
     def sizes(self) -> Tensor:
-        """int64 [B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
+        """[B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
         return self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]
 
     def of_rows(self, numbers: Tensor, reduction: Literal["mean", "amax"] = "mean") -> Tensor:
@@ -231,6 +242,8 @@ class LeavingUnits:
     """[B, H, N, Dv], likewise."""
     ring_first: int
     ring_size: int
+    notes: Tensor | None = None
+    """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [B * H, max_size, D], values [B * H, max_size, Dv] and unit ids int64 [B * H, max_size]: 0 for a token
@@ -241,6 +254,14 @@ class LeavingUnits:
         values = self.values.gather(2, place.expand(-1, -1, -1, self.values.shape[-1]))
         unit_ids = (steps >= self.size[..., None]).long()
         return keys.flatten(0, 1), values.flatten(0, 1), unit_ids.flatten(0, 1)
+
+    def noted(self) -> Tensor | None:
+        """Notes of the same tokens, [F, B * H, max_size]."""
+        if self.notes is None:
+            return None
+        steps = torch.arange(self.max_size, device=self.start.device)
+        row = (self.start[..., None] + steps).clamp(max=self.notes.shape[-1] - 1)
+        return self.notes.gather(-1, row.expand(self.notes.shape[0], *row.shape)).flatten(1, 2)
 
 
 class Invariant(Enum):

@@ -73,6 +73,9 @@ class DropStore(RowStore):
             return self._prompt.read(batch, stop, room)
         return self.stage(stop + room).zero_()
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        return self.read(batch, stop)[:, start:]
+
     def step_is_over(self) -> None:
         self._prompt = None
 

@@ -5,6 +5,7 @@ from kvframe.stages.clusters import ClusterUnits
 from kvframe.stages.drop import Drop
 from kvframe.stages.estimate import EstimateRest
 from kvframe.stages.quantized import QuantizedHostPool
+from kvframe.stages.regrouped import RegroupedUnits
 from kvframe.stages.rerank import SketchRerank
 from kvframe.stages.scorer import MeanKey, Scorer
 from kvframe.stages.selector import SelectNothing, Selector, TopBudget, TopBytes
@@ -27,6 +28,7 @@ __all__ = [
     "Once",
     "PageUnits",
     "QuantizedHostPool",
+    "RegroupedUnits",
     "Scorer",
     "SelectNothing",
     "Selector",

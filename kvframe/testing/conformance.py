@@ -1,7 +1,9 @@
 """The calls that check a policy, a stage, or everything that a plugin brings."""
 
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -27,8 +29,10 @@ from kvframe.types import Execution
 Options = Mapping[str, SearchStrategy[Any]]
 """Strategies by the name of an option, for options that the kit does not know or should draw otherwise."""
 
+_USUAL = {"max_turns": 2, "max_prompt": 40, "max_steps": 12}
+_SMALL = {"max_turns": 2, "max_prompt": 30, "max_steps": 6}
 # Runs that are spent on making a failing example smaller.
-_SHRINK_RUNS = 120
+_SHRINK_RUNS = 40
 
 
 @frozen(kw_only=True)
@@ -46,7 +50,7 @@ class Failure:
     """Whether the same example failed at one time and not at another."""
 
     def __str__(self) -> str:
-        seen = str(self.error) if isinstance(self.error, Broken) else f"{type(self.error).__name__}: {self.error}"
+        seen = str(self.error) if isinstance(self.error, Broken) else _with_place(self.error)
         if self.is_flaky:
             seen += " (not every time: something in it is not deterministic)"
         shown = [
@@ -126,7 +130,8 @@ def check_policy(
     record = registry.policy_spec(policy)
     _require_known_options(options, {record.name: record.config_cls})
     left = undrawn(record.config_cls, options)
-    return _check(f"policy {policy!r}", _policies(record, options, registry), left, only, case, registry, max_examples)
+    made = _policies(record, options, registry)
+    return _check(f"policy {policy!r}", made, left, only, case, registry, max_examples, by_name=True)
 
 
 def check_stage(
@@ -163,7 +168,7 @@ def check_plugin(
     registry: Registry | None = None,
     max_examples: int | None = None,
 ) -> tuple[Summary, ...]:
-    """Check every policy of an installed plugin, and every stage of it that none of its policies has.
+    """Check every policy and every stage of an installed plugin.
 
     name: that of its entry point, as `kvframe list` shows it. The other arguments are those of `check_policy`.
 
@@ -255,17 +260,26 @@ def _check(
     case: Case | None,
     registry: Registry,
     max_examples: int | None,
+    *,
+    by_name: bool = False,
 ) -> Summary:
-    found = [_examine(subject, promise, policies, case, max_examples) for promise in _chosen(only, registry)]
-    failures = [each for each in found if isinstance(each, Failure)]
+    outcomes: list[Outcome] = []
+    failures: list[Failure] = []
+    for promise in _chosen(only, registry, by_name):
+        found = _examine(subject, promise, policies, case, max_examples)
+        if isinstance(found, Outcome):
+            outcomes.append(found)
+        else:
+            failures.append(found)
+            if promise.is_basic:
+                break  # what else is broken would only follow from it
     if failures:
         raise ConformanceError(subject, failures)
-    outcomes = tuple(each for each in found if isinstance(each, Outcome))
-    return Summary(subject=subject, outcomes=outcomes, undrawn=left)
+    return Summary(subject=subject, outcomes=tuple(outcomes), undrawn=left)
 
 
-def _chosen(only: Collection[str], registry: Registry) -> Iterator[Promise]:
-    promises = all_promises(registry)
+def _chosen(only: Collection[str], registry: Registry, by_name: bool) -> Iterator[Promise]:
+    promises = all_promises(registry, by_name=by_name)
     known = [promise.name for promise in promises]
     for name in only:
         if name not in known:
@@ -314,7 +328,7 @@ def _examine(
 ) -> Outcome | Failure:
     """Run the examples of one promise."""
     examples = _Examples(promise)
-    limits = {"max_turns": 2, "max_prompt": 40, "max_steps": 8} if promise.is_small else {}
+    limits = _SMALL if promise.is_small else _USUAL
     executions: tuple[Execution, ...] = ("dense", "offload") if promise.by_execution else ("offload",)
 
     @settings(
@@ -358,6 +372,13 @@ def _examine(
         blamed=blame(promise, policy, smallest, execution, error),
         is_flaky=is_flaky,
     )
+
+
+def _with_place(error: Exception) -> str:
+    """An error that no check raised, and the line of code that did."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno} in {place.name}"
+    return f"{type(error).__name__}: {error}".rstrip(": ") + f" ({where}: {place.line})"
 
 
 def _shown(case: Case) -> str:

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 from attrs import frozen
 
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
+from kvframe.options import configure
 from kvframe.registry import Registry, default_registry
-from kvframe.stages import SLOTS, Slot
+from kvframe.stages import SLOTS, Slot, Stage
 from kvframe.testing.broken import Broken
 from kvframe.testing.capture import steps_can_be_captured
 from kvframe.testing.cases import Case
@@ -36,6 +38,8 @@ class Promise:
     """Whether a policy makes it."""
     share: float = 1.0
     """Of the examples that are asked for: fewer where one is expensive."""
+    is_basic: bool = False
+    """Whether a policy that breaks it is not looked at any further."""
     is_small: bool = False
     """Whether it takes shorter texts."""
     by_execution: bool = False
@@ -47,7 +51,7 @@ def _invariant(invariant: Invariant) -> Promise:
         name=invariant.name.lower().replace("_", "-"),
         text=invariant.value,
         keep=PROPERTIES[invariant],
-        applies=lambda policy: invariant in policy.promises,
+        applies=_promises(invariant),
         by_execution=True,
     )
 
@@ -56,10 +60,11 @@ def _promises(invariant: Invariant) -> Callable[[Policy], bool]:
     return lambda policy: invariant in policy.promises
 
 
-def all_promises(registry: Registry | None = None) -> tuple[Promise, ...]:
+def all_promises(registry: Registry | None = None, *, by_name: bool = False) -> tuple[Promise, ...]:
     """In the order in which they are looked at: from the single stage to the whole model.
 
     registry: where names are looked up; the installed plugins unless given.
+    by_name: the policy is a registered one, so all of its stages have to be.
     """
     found = registry or default_registry()
     return (
@@ -67,11 +72,12 @@ def all_promises(registry: Registry | None = None) -> tuple[Promise, ...]:
             name="contract",
             text="a stage gives what its slot asks for",
             keep=stages_keep_their_contracts,
+            is_basic=True,
         ),
         Promise(
             name="plain-data",
             text="plain data describes a policy, so that it can be written down and made again",
-            keep=lambda policy, case, execution: _round_trip(policy, found),
+            keep=lambda policy, case, execution: _round_trip(policy, found if by_name else _WithStages(found, policy)),
         ),
         *map(_invariant, Invariant),
         Promise(
@@ -112,20 +118,24 @@ def all_promises(registry: Registry | None = None) -> tuple[Promise, ...]:
     )
 
 
-def _round_trip(policy: Policy, registry: Registry) -> None:
-    """A policy is equal to what is made from its own description, which is JSON.
+class _WithStages(Registry):
+    """A registry that also knows the stages of a policy, registered or not."""
 
-    A stage that no plugin registers has no name to go by, and is left out: LouisKV's stands in its place.
-    """
-    stand_in = small_policy(registry.policy_spec("louiskv"))
-    for slot in SLOTS:
-        stage = policy.stage(slot)
-        known = {(record.slot, record.name): record.stage for record in registry.stages()}
-        if any(known.get((part.slot, part.name)) is not type(part) for part in stage.with_parts()):
-            policy = policy.swap(**{slot: stand_in.stage(slot)})
-    data = policy.to_dict()
+    def __init__(self, registry: Registry, policy: Policy) -> None:
+        self._registry = registry
+        parts = [part for slot in SLOTS for part in policy.stage(slot).with_parts()]
+        self._own: dict[tuple[str, str], type[Stage]] = {(part.slot, part.name): type(part) for part in parts}
+
+    def make_stage(self, slot: str, name: str, /, **options: Any) -> Stage:
+        """The policy's own stage of this name, or a registered one."""
+        own = self._own.get((slot, name))
+        return self._registry.make_stage(slot, name, **options) if own is None else configure(own, options)
+
+
+def _round_trip(policy: Policy, registry: Registry) -> None:
+    """A policy is equal to what is made from its own description, which is JSON."""
     try:
-        written = json.loads(json.dumps(data))
+        written = json.loads(json.dumps(policy.to_dict()))
     except TypeError as error:
         raise Broken(f"to_dict gives what JSON cannot hold: {error}") from error
     again = Policy.from_dict(written, registry)

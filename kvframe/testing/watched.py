@@ -47,6 +47,12 @@ class WatchedStore:
         self.loaded += rows[:, :stop].nbytes
         return rows
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        """Some of it, to be grouped anew."""
+        rows = self._store.read_range(batch, start, stop)
+        self.loaded += rows.nbytes
+        return rows
+
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
         """Raises Broken where another slot is written than was asked for."""
         self.incoming = incoming.clone()

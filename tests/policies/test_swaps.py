@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvframe
 from kvframe.errors import KvframeError
@@ -12,7 +14,9 @@ from kvframe.matrix.tables import markdown_page
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry, default_registry
 from kvframe.stages import SLOTS, Slot, Stage
+from kvframe.testing.cases import Case, Turn, assert_equal_traces, play
 from kvframe.testing.small import small_policy, small_stages
+from kvframe.testing.strategies import examples
 from kvframe.traits import traits_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "swaps.md"
@@ -79,6 +83,30 @@ def test_page_is_up_to_date(made: Swaps, found: list[Outcome]):
     command = "kvframe matrix --distribution kvframe --markdown docs/results/swaps.md"
 
     assert PAGE.read_text(encoding="utf-8") == markdown_page(made, found), f"run: {command}"
+
+
+# Any member of any slot with any other, in the order of `SLOTS`: more than can be run one by one.
+any_choice = st.tuples(*(st.sampled_from(small_stages(slot)) for slot in SLOTS))
+CASE = Case(padding=(0, 6), turns=(Turn(chunks=(23,), num_steps=9), Turn(chunks=(5,), num_steps=5)))
+
+
+@examples(3)
+@given(choice=any_choice)
+def test_cross_product(choice: tuple[Stage, ...]):
+    """A composition of registered stages runs, the same in both executions, unless it is refused with a reason."""
+    louiskv = small_policy(default_registry().policy_spec("louiskv"))
+    refusal = None
+    try:
+        policy = louiskv.swap(**dict(zip(SLOTS, choice)))
+        dense, offload = (CASE.layer(policy, execution) for execution in ("dense", "offload"))
+    except KvframeError as error:
+        refusal = str(error)
+    if refusal is None:
+        text = CASE.text(dense.layout)
+        assert_equal_traces(play(dense, text, CASE), play(offload, text, CASE), 1e-10)
+    else:
+        names = [name for stage in choice for name in (stage.name, type(stage).__name__)]
+        assert any(name in refusal for name in names), f"the refusal names none of the stages: {refusal}"
 
 
 def default_choices() -> list[tuple[Slot, Stage]]:
