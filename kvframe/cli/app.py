@@ -15,7 +15,9 @@ from kvframe.cli.families import families
 from kvframe.cli.generate import generate
 from kvframe.cli.listing import list_
 from kvframe.cli.plan import plan
+from kvframe.cli.replay import replay
 from kvframe.cli.show import show
+from kvframe.cli.trace import trace
 from kvframe.errors import KvframeError
 
 
@@ -47,7 +49,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, compare, doctor, families):
+for command in (demo, generate, show, plan, calibrate, compare, trace, replay, doctor, families):
     app.command()(command)
 app.command(name="list")(list_)
 app.add_typer(bench)

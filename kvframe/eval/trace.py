@@ -1,6 +1,6 @@
 """Queries, keys and values of some layers over one text, recorded once under full attention.
 
-Whatever a policy decides follows from them, so policies can be looked at without the model: see `kvframe.eval.replay`.
+Whatever a policy decides follows from them, so that policies can be looked at without the model: `kvframe.eval.replay`.
 """
 
 import contextlib
@@ -195,7 +195,7 @@ def record(
         for layer_idx in chosen
     ]
     return Trace(
-        model=model.config._name_or_path or type(model).__name__,
+        model=Path(model.config._name_or_path).name or type(model).__name__,
         fingerprint=fingerprint(model),
         shape=shape,
         turns=tuple(_turns(sample)),

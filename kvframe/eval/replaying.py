@@ -7,6 +7,10 @@ over the same text, up to rounding.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,15 +24,16 @@ from kvframe.dense_layer import DenseLayer
 from kvframe.errors import ConfigError
 from kvframe.eval.oracle import Oracle, make_oracle
 from kvframe.eval.replay_layer import Built, ReplayLayer
-from kvframe.eval.trace import LayerTrace, Trace
+from kvframe.eval.trace import LayerTrace, Trace, load_trace
 from kvframe.memory.ledger import RESIDENT, SINKS, WINDOW
 from kvframe.memory.token_ids import TokenIds
 from kvframe.planner import Device, plan
 from kvframe.planner.speed import UNIT_ROW_EFFICIENCY
 from kvframe.types import Board
 
-# What a step's time is predicted for, where nobody names a device: large enough for any model.
-_DEVICE = Device(gpu_memory=2**50)
+DEVICE = Device(gpu_memory=2**50)
+"""What step times are predicted for, where nobody names a device: as fast as `Device` is by default, and large enough
+for any model."""
 
 
 @frozen(kw_only=True)
@@ -80,7 +85,7 @@ class Replayed:
 class Replay:
     """A trace that policies are evaluated on; what does not depend on the policy is computed once."""
 
-    def __init__(self, trace: Trace, *, device: Device = _DEVICE) -> None:
+    def __init__(self, trace: Trace, *, device: Device = DEVICE) -> None:
         """device: what step times are predicted for."""
         self.trace = trace
         self._device = device
@@ -203,21 +208,60 @@ class Replay:
 
 
 def replay(
-    trace: Trace,
+    trace: Trace | Path,
     policies: Sequence[Policy],
     *,
-    device: Device = _DEVICE,
+    device: Device = DEVICE,
+    jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Replayed]:
-    """Figures of several policies, each as soon as it is there; see `Replay.run`.
+    """Figures of several policies in their order, each as soon as it is there; see `Replay.run`.
 
+    trace: what `record` made, or a file of it.
+    device: what step times are predicted for.
+    jobs: processes to share the policies among; more than one needs a file.
     progress: called with the policies done and their number.
+
+    Raises ConfigError for a file that is no trace, and what `Replay.run` raises.
     """
-    runner = Replay(trace, device=device)
-    for done, policy in enumerate(policies, start=1):
-        yield runner.run(policy)
-        if progress is not None:
-            progress(done, len(policies))
+    if jobs > 1 and not isinstance(trace, Path):
+        raise ConfigError("several jobs read the trace from a file each; save it, and pass its path")
+    loaded = load_trace(trace) if isinstance(trace, Path) else trace
+    with _runner(loaded, trace, device, jobs) as run:
+        for done, found in enumerate(run(policies), start=1):
+            yield found
+            if progress is not None:
+                progress(done, len(policies))
+
+
+@contextmanager
+def _runner(
+    loaded: Trace, path: Trace | Path, device: Device, jobs: int
+) -> Iterator[Callable[[Iterable[Policy]], Iterator[Replayed]]]:
+    """What replays policies one after the other, here or in other processes."""
+    if jobs == 1:
+        runner = Replay(loaded, device=device)
+        yield lambda policies: map(runner.run, policies)
+        return
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), functools.partial(_start, path, device))
+    try:
+        yield lambda policies: pool.map(_run_elsewhere, policies)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Of a process that replays for another one.
+_elsewhere: list[Replay] = []
+
+
+def _start(path: Trace | Path, device: Device) -> None:
+    torch.set_num_threads(1)
+    assert isinstance(path, Path)
+    _elsewhere.append(Replay(load_trace(path), device=device))
+
+
+def _run_elsewhere(policy: Policy) -> Replayed:
+    return _elsewhere[0].run(policy)
 
 
 @frozen(eq=False)
