@@ -11,6 +11,7 @@ from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.stages import (
+    ClusterUnits,
     DecoupledUnits,
     Drop,
     EstimateRest,
@@ -23,6 +24,7 @@ from kvframe.stages import (
     Once,
     PageUnits,
     QuantizedHostPool,
+    RegroupedUnits,
     Scorer,
     SelectNothing,
     Selector,
@@ -57,6 +59,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockInputs",
+    "ClusterUnits",
     "Decision",
     "DecoupledUnits",
     "Drop",
@@ -77,6 +80,7 @@ __all__ = [
     "PolicySpec",
     "PromptInputs",
     "QuantizedHostPool",
+    "RegroupedUnits",
     "Registry",
     "Report",
     "RetrievalCache",

@@ -1,9 +1,10 @@
-"""The core's own plugin: the trivial members of every slot."""
+"""The core's own plugin: members of every slot that no single paper owns."""
 
 from collections.abc import Iterable
 
 from kvframe.hookspecs import API_VERSION, StageSpec, hookimpl
 from kvframe.stages import (
+    ClusterUnits,
     DecoupledUnits,
     Drop,
     EstimateRest,
@@ -16,6 +17,7 @@ from kvframe.stages import (
     Once,
     PageUnits,
     QuantizedHostPool,
+    RegroupedUnits,
     SelectNothing,
     SketchRerank,
     TokenUnits,
@@ -28,7 +30,7 @@ KVFRAME_API_VERSION = API_VERSION
 
 @hookimpl
 def kvframe_stages() -> Iterable[StageSpec]:
-    """Stages that need no paper."""
+    """Stages that belong to no one paper."""
     stages = (
         EveryStep,
         FixedStride,
@@ -36,7 +38,9 @@ def kvframe_stages() -> Iterable[StageSpec]:
         Once,
         TokenUnits,
         PageUnits,
+        ClusterUnits,
         DecoupledUnits,
+        RegroupedUnits,
         MeanKey,
         TopBudget,
         TopBytes,

@@ -75,6 +75,10 @@ class PolicySpec:
     """One line for `kvframe list`; by default the first line of the config class's docstring."""
     paper: str | None = None
     """Where it was published, such as "arXiv 2510.11292"."""
+    title: str | None = None
+    """The paper's title."""
+    year: int | None = None
+    """When it was first published."""
 
 
 @hookspec

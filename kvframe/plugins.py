@@ -260,7 +260,8 @@ def _register(manager: pluggy.PluginManager, candidate: _Candidate) -> PluginRec
         manager.register(plugin, name=record.name)
     except pluggy.PluginValidationError as error:
         expected = ", ".join(f"{hook}({', '.join(_parameters(hook))})" for hook in hooks)
-        raise PluginError(f"{record} does not fit its hooks: {error}; expected {expected}") from error
+        complaint = " ".join(str(error).split())  # pluggy's has several lines
+        raise PluginError(f"{record} does not fit its hooks: {complaint}; expected {expected}") from error
     if not hooks:
         message = (
             f"{record} ({record.module}) implements no hook; "

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -62,6 +63,17 @@ class PolicyRecord:
     def paper(self) -> str | None:
         """Where it was published."""
         return self.spec.paper
+
+    @property
+    def about(self) -> str:
+        """What the module of its config says of it: the paper, the stages, and where the policy differs from it."""
+        return inspect.getdoc(sys.modules[self.config_cls.__module__]) or ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Options without a default: the policy cannot be made without them."""
+        fields = [field for field in attrs.fields(self.config_cls) if field.init and field.default is attrs.NOTHING]
+        return tuple(field.alias or field.name for field in fields)
 
     def make(self, **options: Any) -> "Policy":
         """The policy with these options; `ConfigError` if it does not have or accept them."""

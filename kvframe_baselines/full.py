@@ -1,8 +1,12 @@
-"""Full attention, nothing retrieved: the upper bound."""
+"""Full attention, nothing retrieved: the upper bound.
+
+Through kvframe's own path: no layer is managed, and none of the stages is asked.
+"""
 
 from attrs import frozen
 
 from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
 from kvframe.stages import KeepOnDevice, MeanKey, Never, SelectNothing, TokenUnits
 
 
@@ -22,3 +26,6 @@ def build_full(config: FullConfig) -> Policy:
         transfer=KeepOnDevice(),
         dense_layers="all",
     )
+
+
+POLICIES = (PolicySpec(name="full", config_cls=FullConfig, build=build_full),)

@@ -1,20 +1,22 @@
-"""The best tokens at a budget: what every selection is measured against."""
+"""The best tokens at a budget: what every selection is measured against.
+
+It is no way to save memory, since its index holds every key; it says how good a selection of that size can be. The
+score of a token is its share of the softmax over all tokens outside sinks and window, meaned over the query heads of a
+group.
+"""
 
 from typing import Literal
 
 from attrs import frozen
 
 from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
 from kvframe.stages import EveryStep, HostPool, MeanKey, TokenUnits, TopBudget
 
 
 @frozen(kw_only=True)
 class OracleTopKConfig:
-    """Exact attention scores of single tokens, selected anew at every step.
-
-    Not a way to save memory: the index holds every key. The score of a token is its share of the softmax over all
-    tokens outside sinks and window, meaned over the query heads of a group.
-    """
+    """Exact attention scores of single tokens, selected anew at every step."""
 
     token_budget: int = 1024
     sink_size: int = 64
@@ -36,3 +38,6 @@ def build_oracle_topk(config: OracleTopKConfig) -> Policy:
         window_size=config.window_size,
         dense_layers=config.dense_layers,
     )
+
+
+POLICIES = (PolicySpec(name="oracle_topk", config_cls=OracleTopKConfig, build=build_oracle_topk),)

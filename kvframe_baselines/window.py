@@ -1,20 +1,20 @@
-"""Sinks and recent tokens alone: the lower bound."""
+"""Sinks and recent tokens alone: the lower bound.
+
+Older KV goes to the host all the same, so that a later turn can attend to it in full. `streamingllm` drops it instead.
+"""
 
 from typing import Literal
 
 from attrs import frozen
 
 from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
 from kvframe.stages import HostPool, MeanKey, Never, SelectNothing, TokenUnits
 
 
 @frozen(kw_only=True)
 class WindowConfig:
-    """Sinks and recent tokens; nothing comes back.
-
-    What StreamingLLM (arXiv 2309.17453) attends to, at the original positions. Older KV goes to the host all the same,
-    so that later turns can attend to it in full.
-    """
+    """Sinks and recent tokens; nothing comes back."""
 
     sink_size: int = 64
     window_size: int = 1024
@@ -35,3 +35,6 @@ def build_window(config: WindowConfig) -> Policy:
         window_size=config.window_size,
         dense_layers=config.dense_layers,
     )
+
+
+POLICIES = (PolicySpec(name="window", config_cls=WindowConfig, build=build_window),)

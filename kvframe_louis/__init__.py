@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
-from kvframe_louis.clusters import ClusterUnits
+from kvframe.stages import ClusterUnits
 from kvframe_louis.policy import (
     LouisKVConfig,
     LouisKVLongBothConfig,
@@ -17,6 +17,7 @@ from kvframe_louis.trigger import SemanticTrigger
 KVFRAME_API_VERSION = 1
 
 PAPER = "arXiv 2510.11292"
+TITLE = "LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences"
 
 __all__ = [
     "ClusterUnits",
@@ -33,7 +34,7 @@ __all__ = [
 @hookimpl
 def kvframe_stages() -> Iterable[StageSpec]:
     """The stages that LouisKV adds to the core's."""
-    return [StageSpec(stage, paper=PAPER) for stage in (SemanticTrigger, ClusterUnits, SegmentUnits)]
+    return [StageSpec(stage, paper=PAPER) for stage in (SemanticTrigger, SegmentUnits)]
 
 
 @hookimpl
@@ -41,6 +42,13 @@ def kvframe_policies() -> Iterable[PolicySpec]:
     """LouisKV, and its three published settings."""
     configs = (LouisKVConfig, LouisKVLongInputConfig, LouisKVLongOutputConfig, LouisKVLongBothConfig)
     return [
-        PolicySpec(name=config_cls.policy_name, config_cls=config_cls, build=build_louiskv, paper=PAPER)
+        PolicySpec(
+            name=config_cls.policy_name,
+            config_cls=config_cls,
+            build=build_louiskv,
+            paper=PAPER,
+            title=TITLE,
+            year=2025,
+        )
         for config_cls in configs
     ]

@@ -1,12 +1,23 @@
-"""The composition, its options, and its three published settings."""
+"""LouisKV: retrieval where the text turns to something else; clusters for the prompt, segments for the output.
+
+LouisKV: Efficient KV Cache Retrieval for Long Input-Output Sequences, 2025, arXiv 2510.11292.
+
+- trigger: the query of a step has turned away from that of the step before
+- units: k-means clusters of the prompt's keys; generated tokens in segments, cut where the trigger fires
+- scorer: the query against mean keys, softmax, mean over the query heads of a KV head
+- selector: whole units in the order of their scores, the last one cut to fit the budget
+- transfer: all KV on the host, missing rows are gathered
+
+We know of no code of its authors. Where the paper is silent, each choice is an option; the documentation's page on
+LouisKV lists them all, with the reasons.
+"""
 
 from typing import ClassVar, Literal
 
 from attrs import frozen
 
 from kvframe.composition import Policy
-from kvframe.stages import DecoupledUnits, HostPool, MeanKey, TopBudget
-from kvframe_louis.clusters import ClusterUnits
+from kvframe.stages import ClusterUnits, DecoupledUnits, HostPool, MeanKey, TopBudget
 from kvframe_louis.segments import SegmentUnits
 from kvframe_louis.trigger import SemanticTrigger
 

@@ -37,6 +37,7 @@ class SemanticTrigger(Trigger):
 
     name: ClassVar[str] = "semantic"
     capturable: ClassVar[bool] = True
+    calibrated: ClassVar[tuple[str, ...]] = ("tau",)
     tau: float | tuple[float, ...] = field(default=0.7, converter=_to_tau)
     """Threshold; a tuple has one for every layer of the model."""
     rope: Literal["after", "before"] = field(default="after", validator=one_of("after", "before"))

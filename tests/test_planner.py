@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from attrs import evolve
-from helpers import make_text, policy_records, record_id, small_policy
+from helpers import policy_records, record_id
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +17,8 @@ from kvframe.planner.units import UnitCount
 from kvframe.registry import PolicyRecord
 from kvframe.runtime import RetrievalLayer, host_bytes_needed
 from kvframe.stages import EveryStep, FixedStride, KeepOnDevice, MeanKey, Never, Once, PageUnits, TopBudget
+from kvframe.testing.cases import make_text
+from kvframe.testing.small import small_policy
 
 GIB = 2**30
 LLAMA = ModelShape(

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 from attrs import evolve, fields
-from helpers import policy_records, record_id, small_stages, stage_id
+from helpers import policy_records, record_id, stage_id
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import compositions, variants
 
 import kvframe
 from kvframe import (
@@ -29,6 +28,8 @@ from kvframe import (
 from kvframe.errors import ConfigError, SlotError, UnknownNameError
 from kvframe.registry import PolicyRecord, default_registry
 from kvframe.stages import SLOTS, Stage
+from kvframe.testing.small import small_stages
+from kvframe.testing.strategies import compositions, variants
 
 every_policy = pytest.mark.parametrize("record", policy_records(), ids=record_id)
 

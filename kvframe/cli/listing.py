@@ -1,13 +1,20 @@
 """`kvframe list`: what there is, and where it comes from."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import attrs
 import typer
 from rich.table import Table
 
 from kvframe.cli.console import out, print_json
 
+if TYPE_CHECKING:
+    from kvframe.registry import PolicyRecord
+
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+DISTRIBUTION = Annotated[
+    str | None, typer.Option(help="Only what this distribution brings, such as kvframe; all that is installed without.")
+]
 
 
 def list_(json: JSON = False) -> None:
@@ -20,10 +27,7 @@ def list_(json: JSON = False) -> None:
         | source_of(record.plugin)
         for record in registry.stages()
     ]
-    policies = [
-        {"name": record.name, "summary": record.summary, "paper": record.paper} | source_of(record.plugin)
-        for record in registry.policies()
-    ]
+    policies = [_policy_row(record) for record in registry.policies()]
     plugins = registry.plugins.describe()
     if json:
         print_json({"policies": policies, "stages": stages, "plugins": plugins})
@@ -34,6 +38,14 @@ def list_(json: JSON = False) -> None:
     console.print(_table("Stages", ("slot", "name", "from", "summary"), [_cells(row) for row in stages]))
     console.print()
     console.print(_table("Plugins", ("name", "module", "from", "hooks"), [_plugin_cells(row) for row in plugins]))
+
+
+def _policy_row(record: "PolicyRecord") -> dict[str, Any]:
+    from kvframe.traits import traits_of
+
+    row = {"name": record.name, "summary": record.summary, "paper": record.paper}
+    row |= {"title": record.spec.title, "year": record.spec.year} | source_of(record.plugin)
+    return row | {"traits": None if record.needs else attrs.asdict(traits_of(record.make())), "needs": record.needs}
 
 
 def source_of(plugin: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from kvframe.errors import ConfigError
 from kvframe.models import SMOLLM2, find_smollm2
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cuda", "cpu")
@@ -52,6 +52,24 @@ def load(
                 "from_pretrained reads, or the name of one on the hub"
             ) from error
         return model.to(place).eval(), tokenizer
+
+
+def read_config(name: str) -> "PreTrainedConfig":
+    """The config of what `load` would load. Raises ConfigError for anything that is no model."""
+    from transformers import AutoConfig
+
+    try:
+        with _silence():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(_source(name))
+            return config
+    except ConfigError:
+        raise
+    except Exception as error:
+        # As in `load`.
+        raise ConfigError(
+            f"cannot read the config of {name!r}: {_first_line(error)}; expected a directory that from_pretrained "
+            "reads, or the name of one on the hub"
+        ) from error
 
 
 def _source(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation: tasks made from a seed, figures of a policy on them, and comparisons.
+"""Evaluation: tasks made from a seed, figures of a policy on them, comparisons and studies.
 
 Importing this package loads neither transformers nor what the figures need; names come when they are first asked for.
 """
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from kvframe.eval.metrics import DEFAULT_METRICS, METRICS, check_metrics
     from kvframe.eval.replaying import replay
     from kvframe.eval.runner import evaluate
+    from kvframe.eval.running import run_study
     from kvframe.eval.statistics import mean_interval
+    from kvframe.eval.study import Study
     from kvframe.eval.tasks import TASKS, Sample, Task, Turn, task
     from kvframe.eval.text import Haystack, haystack
     from kvframe.eval.trace import load_trace, record, save_trace
@@ -23,6 +25,7 @@ __all__ = [
     "TASKS",
     "Haystack",
     "Sample",
+    "Study",
     "Task",
     "Turn",
     "check_metrics",
@@ -36,6 +39,7 @@ __all__ = [
     "record",
     "replay",
     "run_forced",
+    "run_study",
     "save_trace",
     "task",
 ]
@@ -47,6 +51,7 @@ _LAZY = {
     "TASKS": "kvframe.eval.tasks",
     "Haystack": "kvframe.eval.text",
     "Sample": "kvframe.eval.tasks",
+    "Study": "kvframe.eval.study",
     "Task": "kvframe.eval.tasks",
     "Turn": "kvframe.eval.tasks",
     "check_metrics": "kvframe.eval.metrics",
@@ -60,6 +65,7 @@ _LAZY = {
     "record": "kvframe.eval.trace",
     "replay": "kvframe.eval.replaying",
     "run_forced": "kvframe.eval.forced",
+    "run_study": "kvframe.eval.running",
     "save_trace": "kvframe.eval.trace",
     "task": "kvframe.eval.tasks",
 }

@@ -33,6 +33,16 @@ class LayerMemory(ABC):
         D + Dv], K and V of a token side by side. Valid until the read after the next one."""
 
     @abstractmethod
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of one sequence that have left the window, [H, stop - start, D + Dv], as the store gives
+        them back."""
+
+    @abstractmethod
+    def reorder(self, batch: int, start: int, order: Tensor, rows: Tensor) -> None:
+        """Rows [start, start + n) of one sequence are stored anew as `rows` [H, n, D + Dv], as `stage` made room for:
+        row start + i of a head is what was row start + order[i]; order int64 [H, n]. Attention sees what it saw."""
+
+    @abstractmethod
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Positions [start, stop) of one sequence, all inside the window: [H, n, D], [H, n, Dv]."""
 
@@ -51,6 +61,10 @@ class LayerMemory(ABC):
     @abstractmethod
     def finish_prompt(self) -> None:
         """The ledger of every sequence is up to date; show attention just what it says."""
+
+    def begin_decode(self) -> None:  # noqa: B027, not every memory has something on its way
+        """Steps come now. What still is on its way to the host need not be waited for any earlier: the next layer of
+        the prompt computes meanwhile."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, cut: Tensor | None, finite: Tensor | None) -> LeavingUnits:

@@ -78,6 +78,18 @@ class DenseMemory(LayerMemory):
         rows[:, :stop] = torch.cat([keys[batch, :, :stop], values[batch, :, :stop]], -1)
         return rows
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        return self.read(batch, stop)[:, start:].clone()
+
+    def reorder(self, batch: int, start: int, order: Tensor, rows: Tensor) -> None:
+        own = slice(start, start + order.shape[1])
+        for tensor in (self.keys, self.values, self.resident, self._came_back):
+            before = tensor[batch, :, own]
+            places = order.view(*order.shape, *(1,) * (before.dim() - 2)).expand_as(before)
+            tensor[batch, :, own] = before.gather(1, places)
+        if self._codec is not None and self._stored is not None:
+            self._stored[batch, :, own] = self._codec.block(rows)
+
     def recent(self, batch: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         # Clones, because a block may be written over the rows it was read from.
         return self.keys[batch, :, start:stop].clone(), self.values[batch, :, start:stop].clone()
@@ -146,7 +158,8 @@ class DenseMemory(LayerMemory):
 
     def recall(self, rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor) -> None:
         wanted = torch.zeros_like(self.resident)
-        batch, head, entry = (rows >= 0).nonzero(as_tuple=True)
+        # Where nothing is due, a kernel leaves whatever it finds in its memory.
+        batch, head, entry = ((rows >= 0) & due[..., None]).nonzero(as_tuple=True)
         wanted[batch, head, rows[batch, head, entry]] = True
         tallies[SELECTIONS] += due
         tallies[ROWS_SELECTED] += count * due
@@ -211,7 +224,7 @@ class DenseMemory(LayerMemory):
 
     def unattended(self, units: UnitTable) -> Tensor:
         before = torch.nn.functional.pad(self.resident.cumsum(-1), (1, 0))
-        offsets = units.offsets[..., : units.max_units + 1].clamp(0, self.keys.shape[2])
+        offsets = units.offsets[..., : units.max_units + 1].long().clamp(0, self.keys.shape[2])
         inside = before.gather(-1, offsets[..., 1:]) - before.gather(-1, offsets[..., :-1])
         columns = torch.arange(units.max_units, device=offsets.device)
         return (units.sizes - inside).masked_fill(columns >= units.num_units[..., None], 0)

@@ -19,9 +19,12 @@ class DropStore(RowStore):
     def __init__(self, layout: LayerLayout, num_rows: int) -> None:
         self._layout = layout
         self._num_rows = num_rows
-        self._prompt: RowPool | None = None
+        self._prompt: RowPool | None = self._make_pool()
         self.traffic = Traffic(row_bytes=0)
         self.hold_recent(0)
+
+    def _make_pool(self) -> RowPool:
+        return RowPool(self._layout, self._num_rows, self._layout.device, crosses_link=False, zero=True)
 
     def hold_recent(self, num_tokens: int) -> None:
         layout = self._layout
@@ -48,7 +51,7 @@ class DropStore(RowStore):
 
     def write(self, batch: int, start: int, rows: Tensor) -> None:
         if self._prompt is None:
-            self._prompt = RowPool(self._layout, self._num_rows, self._layout.device, crosses_link=False, zero=True)
+            self._prompt = self._make_pool()
         self._prompt.write(batch, start, rows)
         held = self._recent_rows[batch]
         # A block reorders tokens that were held in the window before.
@@ -58,6 +61,8 @@ class DropStore(RowStore):
     def write_recent(self, batch: int, start: int, rows: Tensor) -> None:
         self.write(batch, start, rows)
         size = self._recent.shape[2]
+        if size == 0:
+            return
         positions = torch.arange(start, start + rows.shape[1], device=rows.device)[-size:]
         self._recent[batch, :, positions % size] = rows[:, rows.shape[1] - len(positions) :]
         self._recent_rows[batch, :, positions % size] = positions
@@ -68,6 +73,9 @@ class DropStore(RowStore):
             return self._prompt.read(batch, stop, room)
         return self.stage(stop + room).zero_()
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        return self.read(batch, stop)[:, start:]
+
     def step_is_over(self) -> None:
         self._prompt = None
 
@@ -76,6 +84,8 @@ class DropStore(RowStore):
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         if self._prompt is not None:
             self._prompt.append(rows, keys, values)
+        if self._recent.shape[2] == 0:
+            return
         place = (rows % self._recent.shape[2])[..., None]
         self._recent_rows.scatter_(2, place, rows[..., None])
         both = torch.cat([keys, values], -1)[:, :, None]
@@ -84,6 +94,8 @@ class DropStore(RowStore):
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
         if self._prompt is not None:
             self._prompt.recall(incoming, k_slots, v_slots)
+        if self._recent.shape[2] == 0:
+            return
         place = incoming.clamp(min=0) % self._recent.shape[2]
         there = ((incoming >= 0) & (self._recent_rows.gather(2, place) == incoming))[..., None]
         found = self._recent.gather(2, place[..., None].expand(*place.shape, self._recent.shape[-1]))

@@ -23,6 +23,11 @@ class UnitIndex:
         }
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
 
+    @property
+    def max_units(self) -> int:
+        """Units there is room for."""
+        return min(tensor.shape[2] for tensor in self.tensors.values()) - 1
+
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
         for name, tensor in self.tensors.items():
@@ -43,13 +48,35 @@ class UnitIndex:
         for name, entry in entries.items():
             self.tensors[name][batch, self._head_ids[:, None], columns] = entry
 
+    def regroup(self, batch: int, sources: Tensor, entries: dict[str, Tensor], first: Tensor, is_new: Tensor) -> None:
+        """Units of one sequence are replaced: column c of a head becomes the entry c - first of `entries` [H, K, ...]
+        where `is_new` [H, columns], elsewhere what was in column sources[c]; in place."""
+        for name, tensor in self.tensors.items():
+            own, entry = tensor[batch], entries[name].to(tensor.dtype)
+            num_columns = own.shape[1]
+            columns = torch.arange(num_columns, device=own.device)
+            fresh = (columns - first[:, None]).clamp(0, entry.shape[1] - 1)
+            moved = sources[:, :num_columns].clamp(max=num_columns - 1)
+            fresh, moved, new = (_spread(part, own) for part in (fresh, moved, is_new[:, :num_columns]))
+            own.copy_(torch.where(new, entry.gather(1, fresh), own.gather(1, moved)))
+
     def view(self, num_units: int) -> dict[str, Tensor]:
         """The first `num_units` columns."""
         return {name: tensor[:, :, :num_units] for name, tensor in self.tensors.items()}
 
+    def addresses(self) -> list[int]:
+        """Where the tensors lie."""
+        return [tensor.data_ptr() for tensor in self.tensors.values()]
+
     def nbytes(self) -> int:
         """Device memory held."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _spread(places: Tensor, states: Tensor) -> Tensor:
+    """[H, n] as [H, n, ...] of the trailing shape of `states`."""
+    shape = (*places.shape, *states.shape[2:])
+    return places.view(*places.shape, *(1,) * (states.dim() - 2)).expand(shape)
 
 
 class RowIndex:

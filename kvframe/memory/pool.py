@@ -106,6 +106,10 @@ class RowStore(ABC):
         """
 
     @abstractmethod
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of one sequence on the device, [H, stop - start, D + Dv]. Valid until the next read."""
+
+    @abstractmethod
     def recall(self, incoming: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
         """Load rows into slots, in place.
 
@@ -204,13 +208,23 @@ class RowPool(RowStore):
         self.traffic.rows_read += rows.shape[0] * stop
         return rows
 
-    def _parcel(self, batch: int, stop: int, room: int) -> Parcel:
-        shape = self._rows_shape(stop + room)
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        if self._crosses_link:
+            rows = link_of(self._layout.device).take(self._parcel(batch, stop, 0, start))
+        else:
+            rows = self.stage(stop - start)
+            for part, place in self._parts(batch, start, rows):
+                part.copy_(place)
+        self.traffic.rows_read += rows.shape[0] * rows.shape[1]
+        return rows
+
+    def _parcel(self, batch: int, stop: int, room: int, start: int = 0) -> Parcel:
+        shape = self._rows_shape(stop - start + room)
         return Parcel(
-            key=(self._content, batch, stop, room),
+            key=(self._content, batch, start, stop, room),
             shape=shape,
             dtype=self._layout.dtype,
-            pieces=lambda rows: self._heads(batch, 0, rows[:, :stop]),
+            pieces=lambda rows: self._heads(batch, start, rows[:, : stop - start]),
             planned_bytes=shape[0] * self.num_rows * self._layout.row_bytes,
         )
 

@@ -216,6 +216,11 @@ class QuantizedPool(RowStore):
         rows[:, :stop] = self._decode(lanes[None], places[None], slice(batch, batch + 1))[0]
         return rows
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        lanes = self._pool.read_range(batch, start, stop)
+        places = torch.arange(start, stop, device=lanes.device).expand(lanes.shape[0], -1)
+        return self._decode(lanes[None], places[None], slice(batch, batch + 1))[0]
+
     def _decode(self, lanes: Tensor, rows: Tensor, batches: slice) -> Tensor:
         """Encoded rows [B, H, n, lanes] of row numbers [B, H, n] as keys and values side by side."""
         decoded = self._codec.decode(lanes)
@@ -232,6 +237,7 @@ class QuantizedPool(RowStore):
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        self._groups.of_row.scatter_(1, rows[:, :1], -1)  # a token has the same row in every head
         lanes = self._codec.encode(torch.cat([keys, values], -1))
         self._pool.append(rows, lanes[..., :-_LANES], lanes[..., -_LANES:])
 

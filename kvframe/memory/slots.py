@@ -64,6 +64,17 @@ class SlotMemory(LayerMemory):
             self._fill_from_slots(batch, rows[:, :stop])
         return rows
 
+    def read_range(self, batch: int, start: int, stop: int) -> Tensor:
+        return self._store.read_range(batch, start, stop)
+
+    def reorder(self, batch: int, start: int, order: Tensor, rows: Tensor) -> None:
+        held = self.slots.resident_rows[batch]
+        inside = (held >= start) & (held < start + order.shape[1])
+        moved = start + order.argsort(-1).gather(1, torch.where(inside, held - start, 0))
+        held.copy_(torch.where(inside, moved, held))
+        self._store.write(batch, start, rows)
+        self._store.finish_writes()
+
     def _fill_from_slots(self, batch: int, rows: Tensor) -> None:
         """Rows [H, n, D + Dv] that the slots hold; the store may have let go of them."""
         places = self.slot_rows()[batch]  # [H, N]
@@ -104,8 +115,10 @@ class SlotMemory(LayerMemory):
     def _places(self, start: int, stop: int) -> Tensor:
         return self.slots.place(torch.arange(start, stop, device=self._layout.device))
 
-    def finish_prompt(self) -> None:
+    def begin_decode(self) -> None:
         self._store.finish_writes()
+
+    def finish_prompt(self) -> None:
         ledger = self._ledger
         self._show(slice(self.slots.ring_first, None), self._age() < ledger.window[..., None])
         sinks = torch.arange(ledger.sink_size, device=self._layout.device)

@@ -1,9 +1,11 @@
 """The five slots: one abstract class each, and the trivial members."""
 
 from kvframe.stages.base import SLOTS, Slot, Stage
+from kvframe.stages.clusters import ClusterUnits
 from kvframe.stages.drop import Drop
 from kvframe.stages.estimate import EstimateRest
 from kvframe.stages.quantized import QuantizedHostPool
+from kvframe.stages.regrouped import RegroupedUnits
 from kvframe.stages.rerank import SketchRerank
 from kvframe.stages.scorer import MeanKey, Scorer
 from kvframe.stages.selector import SelectNothing, Selector, TopBudget, TopBytes
@@ -13,6 +15,7 @@ from kvframe.stages.units import DecoupledUnits, PageUnits, TokenUnits, UnitBuil
 
 __all__ = [
     "SLOTS",
+    "ClusterUnits",
     "DecoupledUnits",
     "Drop",
     "EstimateRest",
@@ -25,6 +28,7 @@ __all__ = [
     "Once",
     "PageUnits",
     "QuantizedHostPool",
+    "RegroupedUnits",
     "Scorer",
     "SelectNothing",
     "Selector",

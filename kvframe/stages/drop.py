@@ -21,6 +21,7 @@ class Drop(Transfer):
     name: ClassVar[str] = "drop"
     capturable: ClassVar[bool] = True
     drops: ClassVar[bool] = True
+    crosses_link: ClassVar[bool] = False
     waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.NO_TOKEN_LOST, Invariant.EXACT_BUDGET})
 
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:

@@ -12,6 +12,9 @@ from kvframe.stages.selector import Selector
 from kvframe.types import StepInputs, UnitTable
 from kvframe.validators import integer, one_of
 
+# No row; behind every row when sorted. A power of two, because padding takes its value through a float.
+_NONE = 1 << 62
+
 
 @frozen(kw_only=True)
 class SketchRerank(Selector):
@@ -49,7 +52,7 @@ class SketchRerank(Selector):
 
         rows, count = select_units(scores, units.offsets, self.oversample * self.token_budget, due=inputs.due)
         # In the order of the store, so that runs are runs and ties go to the lower row.
-        rows = torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).sort(-1).values
+        rows = torch.where(rows < 0, _NONE, rows).sort(-1).values
         weights = self._weights(inputs, rows, count, units)
         return self._best(rows, count, weights)
 
@@ -75,7 +78,7 @@ class SketchRerank(Selector):
     @staticmethod
     def _unit_of(rows: Tensor, units: UnitTable) -> Tensor:
         """int64 [B, H, C], the unit that a row belongs to."""
-        offsets = units.offsets[..., : units.max_units + 1]
+        offsets = units.offsets[..., : units.max_units + 1].long()
         absent = torch.arange(units.max_units + 1, device=rows.device) > units.num_units[..., None]
         bounds = offsets.masked_fill(absent, torch.iinfo(torch.int64).max)
         return (torch.searchsorted(bounds, rows, right=True) - 1).clamp(0, units.max_units - 1)
@@ -85,7 +88,7 @@ class SketchRerank(Selector):
         size, budget = self.run_length, self.token_budget
         missing = -rows.shape[-1] % size
         weights = torch.nn.functional.pad(weights, (0, missing))
-        rows = torch.nn.functional.pad(rows, (0, missing), value=torch.iinfo(torch.int64).max)
+        rows = torch.nn.functional.pad(rows, (0, missing), value=_NONE)
         runs = weights.view(*rows.shape[:2], -1, size).sum(-1)
         # Behind all that exist, and in their order.
         starts = torch.arange(runs.shape[-1], device=rows.device) * size
@@ -93,7 +96,7 @@ class SketchRerank(Selector):
         order = runs.sort(dim=-1, descending=True, stable=True).indices
         ranked = rows.view(*rows.shape[:2], -1, size).gather(2, order[..., None].expand(-1, -1, -1, size)).flatten(2)
         # A last run that is not full has its gap in the middle, once runs are ranked: close it.
-        absent = ranked == torch.iinfo(torch.int64).max
+        absent = ranked == _NONE
         ranked = ranked.gather(-1, absent.to(torch.uint8).sort(dim=-1, stable=True).indices)[..., :budget]
         taken = count.clamp(max=budget)
         places = torch.arange(ranked.shape[-1], device=rows.device)

@@ -19,6 +19,8 @@ class Transfer(Stage):
     slot: ClassVar[Slot] = "transfer"
     drops: ClassVar[bool] = False
     """Whether a token that a decode step neither attends to nor holds in the window is gone for good."""
+    crosses_link: ClassVar[bool] = True
+    """Whether recalled rows come from the host."""
 
     @abstractmethod
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
@@ -45,7 +47,7 @@ class HostPool(Transfer):
     capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
-        return RowPool(layout, num_rows, torch.device("cpu"), crosses_link=True)
+        return RowPool(layout, num_rows, torch.device("cpu"), crosses_link=self.crosses_link)
 
     def host_bytes(self, layout: LayerLayout, num_rows: int) -> int:
         return layout.batch_size * layout.num_kv_heads * num_rows * layout.row_bytes
@@ -57,9 +59,10 @@ class KeepOnDevice(Transfer):
 
     name: ClassVar[str] = "keep-on-device"
     capturable: ClassVar[bool] = True
+    crosses_link: ClassVar[bool] = False
 
     def init(self, layout: LayerLayout, num_rows: int) -> RowStore:
-        return RowPool(layout, num_rows, layout.device, crosses_link=False)
+        return RowPool(layout, num_rows, layout.device, crosses_link=self.crosses_link)
 
     def host_bytes(self, layout: LayerLayout, num_rows: int) -> int:
         return 0

@@ -24,11 +24,6 @@ class UnitBuilder(Stage):
     slot: ClassVar[Slot] = "units"
 
     @property
-    def needs_token_ids(self) -> bool:
-        """Whether `build_block` and `boundary` are to be told the ids of tokens."""
-        return False
-
-    @property
     @abstractmethod
     def unit_size(self) -> int:
         """Tokens of a usual unit; a budget below it is refused."""
@@ -43,9 +38,20 @@ class UnitBuilder(Stage):
     def max_size(self) -> int:
         """An output unit of this many tokens is closed in any case."""
 
+    @property
+    def regroup_size(self) -> int | None:
+        """Generated tokens are grouped anew by `regroup`, so many at a time, once all of them have left the window;
+        None for never. A multiple of `max_size`."""
+        return None
+
     @abstractmethod
     def build(self, keys: Tensor) -> Units:
         """Units of a run of prompt tokens; keys [N, T, D], N heads, T >= 1."""
+
+    def regroup(self, keys: Tensor) -> Units:
+        """Units of `regroup_size` generated tokens, in place of those that their boundaries made; keys as in
+        `build`."""
+        return self.build(keys)
 
     def build_block(self, keys: Tensor, block: BlockInputs) -> Units:
         """The same, where more is known of the tokens than their keys."""
@@ -161,8 +167,11 @@ class DecoupledUnits(UnitBuilder):
         return self.output.max_size
 
     @property
-    def needs_token_ids(self) -> bool:
-        return self.prompt.needs_token_ids or self.output.needs_token_ids
+    def regroup_size(self) -> int | None:
+        return self.output.regroup_size
+
+    def regroup(self, keys: Tensor) -> Units:
+        return self.output.regroup(keys)
 
     def build(self, keys: Tensor) -> Units:
         return self.prompt.build(keys)

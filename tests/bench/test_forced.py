@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
-from helpers import make_layout
 from torch import Tensor
 
 import kvframe
@@ -13,6 +12,7 @@ from kvframe import Decision, LayerLayout, StepInputs, TopBudget, Trigger, UnitT
 from kvframe.bench.forced import ForcedSelector, ScheduledTrigger, force
 from kvframe.bench.forced_reference import PLACES, forced_scores_reference
 from kvframe.errors import ConfigError
+from kvframe.testing.cases import make_layout
 
 HEADS = (2, 3)
 

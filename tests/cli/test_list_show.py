@@ -33,9 +33,25 @@ def test_list_as_json(run_json: RunJson) -> None:
     registry = default_registry()
     assert [row["name"] for row in found["policies"]] == [record.name for record in registry.policies()]
     assert [(row["slot"], row["name"]) for row in found["stages"]] == [(r.slot, r.name) for r in registry.stages()]
-    assert all(row.keys() == {"name", "summary", "paper"} | SOURCE for row in found["policies"])
+    assert all(
+        row.keys() == {"name", "summary", "paper", "title", "year", "traits", "needs"} | SOURCE
+        for row in found["policies"]
+    )
     assert all(row.keys() == {"slot", "name", "summary", "paper"} | SOURCE for row in found["stages"])
     assert [row["name"] for row in found["plugins"]] == ["core", "baselines", "louis"]
+
+
+def test_list_tells_what_policies_are_like(run_json: RunJson) -> None:
+    """Paper, stages, what is lost, what moves and what has to be calibrated, for machines that choose."""
+    policies = {row["name"]: row for row in run_json("list")["policies"]}
+    louiskv, quest, full = (policies[name] for name in ("louiskv", "quest", "full"))
+
+    assert (quest["paper"], quest["year"], quest["needs"]) == ("arXiv 2406.10774", 2024, [])
+    assert quest["title"].startswith("Quest: Query-Aware Sparsity")
+    assert louiskv["traits"]["stages"]["units"] == ["decoupled", "clusters", "segments"]
+    assert (louiskv["traits"]["calibrated"], quest["traits"]["calibrated"]) == (["tau"], [])
+    assert (louiskv["traits"]["moves"], full["traits"]["moves"]) == ("missing rows", "nothing")
+    assert {row["traits"]["loses"] for row in policies.values()} <= {"nothing", "precision", "tokens"}
 
 
 def test_list_tells_of_a_blocked_plugin(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

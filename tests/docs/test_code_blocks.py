@@ -5,6 +5,7 @@ it prints; `...` stands for anything, as in doctest. A mark stands in a comment 
 
     <!-- model -->          needs the files of SmolLM2; the marked blocks of a page run on their own
     <!-- not run: why -->   is shown only, and still has to be Python
+    <!-- file: path -->     is that file, whole; its package can be imported by the other blocks
     <!-- run -->            of a `console` block: its `kvframe` commands run, and print the lines below them
 
 Commands in other `console` and `bash` blocks are parsed: command, options and arguments have to exist.
@@ -34,6 +35,7 @@ from kvframe.options import parse_options
 from kvframe.registry import default_registry
 
 REPO = Path(__file__).resolve().parents[2]
+PACKAGES = [path.parent for path in (REPO / "examples").glob("*/pyproject.toml")]
 PAGES = [*sorted((REPO / "docs").rglob("*.md")), REPO / "README.md"]
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^`]*$")
@@ -122,6 +124,8 @@ def pages_with(attribute: str) -> list[object]:
 
 def run(blocks: Iterable[Block], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run blocks as one module, which stages defined in them can be traced to."""
+    for package in PACKAGES:
+        monkeypatch.syspath_prepend(package)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     with torch.random.fork_rng(devices=[]):
@@ -162,10 +166,35 @@ def test_marks_are_known() -> None:
         f"{block.where}: {block.mark}"
         for blocks in BLOCKS.values()
         for block in blocks
-        if block.language == "python" and block.mark not in ("", "model") and not block.mark.startswith("not run: ")
+        if block.language == "python"
+        and block.mark not in ("", "model")
+        and not block.mark.startswith(("not run: ", "file: "))
     ]
 
     assert odd == []
+
+
+FILES = [
+    pytest.param(block, id=block.where)
+    for blocks in BLOCKS.values()
+    for block in blocks
+    if block.mark.startswith("file: ")
+]
+
+
+@pytest.mark.parametrize("block", FILES)
+def test_files_are_shown_as_they_are(block: Block) -> None:
+    """A block that stands for a file is that file."""
+    assert (REPO / block.mark.removeprefix("file: ")).read_text(encoding="utf-8") == block.text
+
+
+def test_the_tutorial_shows_the_whole_package() -> None:
+    """Whoever copies the blocks has the example, but for its README."""
+    shown = {REPO / block.values[0].mark.removeprefix("file: ") for block in FILES}
+
+    for package in PACKAGES:
+        files = {path for path in package.rglob("*") if path.suffix in (".py", ".toml") and "build" not in path.parts}
+        assert files <= shown
 
 
 def test_other_python_is_python() -> None:

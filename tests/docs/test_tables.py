@@ -20,6 +20,7 @@ from kvframe import errors, models
 from kvframe.cli.app import app
 from kvframe.cli.fields import field_notes
 from kvframe.composition import Policy
+from kvframe.pages import overview
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import PolicyRecord, Registry, StageRecord
 from kvframe.report import LayerReport, Report
@@ -28,9 +29,6 @@ from kvframe.types import Invariant
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = REPO / "docs"
-
-# Options that mean the same everywhere.
-_COMMON = {"token_budget": "Tokens that a selection takes, for each KV head."}
 
 _TABLE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end of table -->)", re.S)
 
@@ -74,7 +72,12 @@ def policies() -> str:
     return table(
         ("policy", "what it is", "published in", "comes from"),
         [
-            (code(record.name), paragraph(record.config_cls), record.paper or "", code(record.plugin.module))
+            (
+                f"[{code(record.name)}](policies/{record.name}.md)",
+                paragraph(record.config_cls),
+                record.paper or "",
+                code(record.plugin.module),
+            )
             for record in registry().policies()
             if shipped(record)
         ],
@@ -109,18 +112,9 @@ def policy_fields() -> str:
     )
 
 
-def options_of(name: str) -> str:
-    """The options of a policy."""
-    config_cls = registry().policy_spec(name).config_cls
-    notes = _COMMON | field_notes(Policy) | field_notes(config_cls)
-    return table(
-        ("option", "default", "meaning"),
-        [
-            (code(field.name), default_of(field), notes[field.name])
-            for field in attrs.fields(config_cls)
-            if field.name != "name"
-        ],
-    )
+def all_policies() -> str:
+    """What each policy is like; `kvframe pages` writes the same."""
+    return overview([record for record in registry().policies() if shipped(record)], "policies")
 
 
 def scenarios() -> str:
@@ -172,14 +166,12 @@ def command_options(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "policies": policies,
+    "overview": all_policies,
     "policy-fields": policy_fields,
     **{f"stages-{slot}": functools.partial(stages, slot) for slot in SLOTS},
     "scenarios": scenarios,
     "promises": promises,
     **{f"command-{name.replace(' ', '-')}": functools.partial(command_options, name) for name in commands()},
-    "options-louiskv": lambda: options_of("louiskv"),
-    "options-window": lambda: options_of("window"),
-    "options-oracle_topk": lambda: options_of("oracle_topk"),
 }
 
 

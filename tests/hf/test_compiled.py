@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import tiny_llama
 from torch import Tensor
 
 import kvframe
 from kvframe import Policy
 from kvframe.errors import ConfigError
 from kvframe.hf.compiled import compiled_step
+from kvframe.testing.models import tiny_llama
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from attrs import define, field
-from helpers import Case, Text, attended, attention_over, cosine, dot, make_call, unit_positions
+from helpers import cosine, dot
 from hypothesis import given
-from strategies import cases, examples, variants
 
 from kvframe import LayerLayout, Policy
 from kvframe.registry import default_registry
+from kvframe.testing.cases import Case, Text, attended, make_call, unit_positions
+from kvframe.testing.reference import attention_over
+from kvframe.testing.strategies import cases, examples, variants
 
 LOUISKV = default_registry().policy_spec("louiskv")
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Tape, make_call, tiny_llama
 from hypothesis import given
-from strategies import cases, compositions
 
 import kvframe
 from kvframe import Decision, Policy
 from kvframe.report import Report, Timeline, make_report
 from kvframe.runtime import RetrievalLayer
+from kvframe.testing.cases import Case, make_call
+from kvframe.testing.models import tiny_llama
+from kvframe.testing.strategies import cases, compositions
+from kvframe.testing.tape import Tape
 
 NUM_STEPS = 40
 

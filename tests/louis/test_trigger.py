@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import cosine, make_layout, make_text, turn
+from helpers import cosine
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe import LayerLayout, StepInputs
 from kvframe.errors import ConfigError
+from kvframe.testing.cases import make_layout, make_text, turn
 from kvframe_louis import SemanticTrigger
 
 

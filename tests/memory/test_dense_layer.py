@@ -1,11 +1,12 @@
 """A dense layer is plain causal attention."""
 
 import torch
-from helpers import Case, causal_attention_over
 from hypothesis import given
-from strategies import cases
 
 from kvframe.dense_layer import DenseLayer
+from kvframe.testing.cases import Case
+from kvframe.testing.reference import causal_attention_over
+from kvframe.testing.strategies import cases
 
 
 @given(case=cases())

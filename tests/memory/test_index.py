@@ -1,10 +1,10 @@
 """The unit index: one entry a unit, kept while it grows."""
 
 import torch
-from helpers import make_layout
 
 from kvframe import MeanKey
 from kvframe.memory.index import UnitIndex
+from kvframe.testing.cases import make_layout
 
 
 def test_entries_stay_where_they_were_put():

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import Case, attended, make_call
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, compositions, examples
 
 from kvframe import Policy
+from kvframe.testing.cases import Case, attended, make_call
+from kvframe.testing.strategies import cases, compositions, examples
 
 
 @pytest.mark.parametrize("execution", ["dense", "offload", "shadow"])

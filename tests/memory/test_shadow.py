@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import Case, Text, causal_attention_over, make_call, play
 from hypothesis import given
-from strategies import cases, compositions
 
 from kvframe import LayerLayout, Policy
 from kvframe.memory.dense import ShadowMemory
+from kvframe.testing.cases import Case, Text, make_call, play
+from kvframe.testing.reference import causal_attention_over
+from kvframe.testing.strategies import cases, compositions
 
 
 @given(policy=compositions(), case=cases())

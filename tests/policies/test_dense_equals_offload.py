@@ -1,27 +1,19 @@
 """One policy, two executions: `dense` keeps everything on the device under a mask, `offload` moves rows."""
 
-import pytest
 import torch
-from helpers import (
-    Case,
-    ModelTrace,
-    Tape,
-    assert_close,
-    assert_equal_traces,
-    play,
-    play_model,
-    policy_records,
-    record_id,
-    tiny_llama,
-)
+from helpers import policy_records
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, compositions, examples, variants
 
 from kvframe import Policy
 from kvframe.registry import PolicyRecord
+from kvframe.testing.cases import Case, assert_close, assert_equal_traces, play
+from kvframe.testing.models import ModelTrace, play_model, tiny_llama
+from kvframe.testing.strategies import cases, compositions, examples, variants
+from kvframe.testing.tape import Tape
 
-every_policy = pytest.mark.parametrize("record", policy_records(), ids=record_id)
+# One test for all of them; `test_conformance.py` has one for each.
+any_policy = st.sampled_from(policy_records())
 
 
 def compare_layers(policy: Policy, case: Case) -> None:
@@ -33,18 +25,11 @@ def compare_layers(policy: Policy, case: Case) -> None:
     assert_equal_traces(dense, offload, 1e-10)
 
 
-@every_policy
-@examples(0.7)
-@given(data=st.data(), case=cases())
-def test_layer(record: PolicyRecord, data: st.DataObject, case: Case):
-    """Every registered policy attends to the same positions of a layer in both executions, in float64."""
-    compare_layers(data.draw(variants(record)), case)
-
-
 @examples(3)
 @given(policy=compositions(), case=cases())
 def test_layer_of_any_composition(policy: Policy, case: Case):
-    """So does LouisKV with any stage of any slot swapped for another."""
+    """LouisKV with any stage of any slot swapped attends to the same positions of a layer in both executions, in
+    float64."""
     compare_layers(policy, case)
 
 
@@ -69,20 +54,17 @@ def compare_models(expected: ModelTrace, actual: ModelTrace, tolerance: float) -
     assert_close(expected.logits, actual.logits, tolerance)
 
 
-@every_policy
-@examples(0.4)
-@given(data=st.data(), case=model_cases(), model=models)
+@given(record=any_policy, data=st.data(), case=model_cases(), model=models)
 def test_model(record: PolicyRecord, data: st.DataObject, case: Case, model: dict[str, int]):
-    """Every registered policy gives a model the same logits and attended positions in both executions, in float64."""
+    """A registered policy, with dense layers or without, gives a model the same logits and attended positions in both
+    executions, in float64."""
     policy, llama = data.draw(variants(record, DENSE_LAYERS)), tiny_llama(**model)
     dense, offload = (play_model(llama, policy, case, execution) for execution in ("dense", "offload"))
 
     compare_models(dense, offload, 1e-8)
 
 
-@every_policy
-@examples(0.4)
-@given(data=st.data(), case=model_cases(), model=models)
+@given(record=any_policy, data=st.data(), case=model_cases(), model=models)
 def test_model_in_float32(record: PolicyRecord, data: st.DataObject, case: Case, model: dict[str, int]):
     """In float32 the logits agree where `dense` takes the decisions that `offload` took."""
     policy, llama = data.draw(variants(record, DENSE_LAYERS)), tiny_llama(**model, dtype=torch.float32)

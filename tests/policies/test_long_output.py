@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Turn, attended, make_call, tiny_llama, unit_positions
 
 import kvframe
 from kvframe import Policy, RetrievalCache, hookimpl
@@ -15,6 +14,8 @@ from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.report import Report
 from kvframe.runtime import RetrievalLayer
+from kvframe.testing.cases import Case, Turn, attended, make_call, unit_positions
+from kvframe.testing.models import tiny_llama
 
 NUM_PROMPT = 48
 

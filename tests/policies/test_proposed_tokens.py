@@ -3,25 +3,16 @@
 import pytest
 import torch
 from attrs import evolve
-from helpers import (
-    Case,
-    Text,
-    Trace,
-    Turn,
-    assert_equal_traces,
-    attended,
-    attention_over,
-    make_call,
-    play,
-)
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases, compositions
 from torch import Tensor
 
 from kvframe import EveryStep, Policy
 from kvframe.dense_layer import DenseLayer
 from kvframe.runtime import RetrievalLayer
+from kvframe.testing.cases import Case, Text, Trace, Turn, assert_equal_traces, attended, make_call, play
+from kvframe.testing.reference import attention_over
+from kvframe.testing.strategies import cases, compositions
 
 EXECUTIONS = pytest.mark.parametrize("execution", ["dense", "offload"])
 

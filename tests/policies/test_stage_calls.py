@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve, field, frozen
-from helpers import Case, Turn, make_call
 from torch import Tensor
 
 from kvframe import (
@@ -22,6 +21,7 @@ from kvframe import (
 )
 from kvframe import policy as make_policy
 from kvframe.stages import UnitBuilder
+from kvframe.testing.cases import Case, Turn, make_call
 
 EXECUTIONS = pytest.mark.parametrize("execution", ["dense", "offload"])
 CASE = Case(padding=(0, 4), turns=(Turn(chunks=(13, 9), num_steps=7), Turn(chunks=(5,), num_steps=4)))

@@ -1,76 +1,145 @@
-"""Any member of a slot works with any other, or is refused with the reason."""
+"""Every stage in LouisKV's place, and LouisKV's in every other policy: they run, or are refused with the reason."""
 
-import itertools
+from pathlib import Path
 
 import pytest
-from helpers import Case, Turn, assert_equal_traces, play, small_policy, small_stages, stage_id
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvframe
-from kvframe import Policy
 from kvframe.errors import KvframeError
-from kvframe.registry import default_registry
+from kvframe.matrix import Outcome, Verdict, outcomes, swaps
+from kvframe.matrix.swaps import Swap, Swaps
+from kvframe.matrix.tables import markdown_page
+from kvframe.plugins import create_plugin_manager
+from kvframe.registry import Registry, default_registry
 from kvframe.stages import SLOTS, Slot, Stage
+from kvframe.testing.cases import Case, Turn, assert_equal_traces, play
+from kvframe.testing.small import small_policy, small_stages
+from kvframe.testing.strategies import examples
+from kvframe.traits import traits_of
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "swaps.md"
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    """What kvframe's own distribution brings."""
+    return Registry(create_plugin_manager())
+
+
+@pytest.fixture(scope="module")
+def made(registry: Registry) -> Swaps:
+    """The swaps."""
+    return swaps(registry, distribution="kvframe")
+
+
+@pytest.fixture(scope="module")
+def found(registry: Registry, made: Swaps) -> list[Outcome]:
+    """And what became of them."""
+    return list(outcomes(made, registry))
+
+
+def test_swaps_run_or_are_refused(found: list[Outcome]):
+    """None ends in an error or in a difference between the executions."""
+    bad = [outcome for outcome in found if outcome.verdict in (Verdict.ERROR, Verdict.DIFFERENT)]
+
+    assert bad == []
+
+
+def test_what_runs_has_run(found: list[Outcome]):
+    """Where the trigger fires and the selector takes something, rows were selected and came back."""
+    for outcome in found:
+        swap = outcome.swap
+        policy = swap.policy.swap(**{swap.slot: swap.stage}) if outcome.verdict is Verdict.RUNS else None
+        if policy is not None and policy.selector.capacity and policy.trigger != kvframe.Never():
+            assert outcome.selections and outcome.rows_recalled, swap.label
+
+
+def test_refusals_name_the_stage(found: list[Outcome]):
+    """A reason says which stage does not fit."""
+    for outcome in found:
+        if outcome.verdict is Verdict.REFUSED:
+            names = (outcome.swap.stage.name, type(outcome.swap.stage).__name__)
+            assert any(name in outcome.reason for name in names), outcome.reason
+
+
+def test_no_swap_is_left_out(registry: Registry, made: Swaps):
+    """Every registered stage is in LouisKV's place, and every policy that retrieves gets each of LouisKV's stages."""
+    own = {(slot, part.name) for slot in SLOTS for part in made.base.stage(slot).with_parts()}
+    tried = {(swap.slot, part.name) for swap in made.into_base for part in swap.stage.with_parts()}
+    assert {(record.slot, record.name) for record in registry.stages()} <= own | tried
+
+    for record in registry.policies():
+        policy = record.make()
+        if traits_of(policy).retrieves and not record.name.startswith("louiskv"):
+            changed = {swap.slot for swap in made.from_base if swap.policy.name == record.name}
+            same = {slot for slot in SLOTS if type(policy.stage(slot)) is type(made.base.stage(slot))}
+            assert changed | same == set(SLOTS)
+
+
+def test_page_is_up_to_date(made: Swaps, found: list[Outcome]):
+    """The page shows what the command would write today."""
+    command = "kvframe matrix --distribution kvframe --markdown docs/results/swaps.md"
+
+    assert PAGE.read_text(encoding="utf-8") == markdown_page(made, found), f"run: {command}"
+
+
+# Any member of any slot with any other, in the order of `SLOTS`: more than can be run one by one.
+any_choice = st.tuples(*(st.sampled_from(small_stages(slot)) for slot in SLOTS))
 CASE = Case(padding=(0, 6), turns=(Turn(chunks=(23,), num_steps=9), Turn(chunks=(5,), num_steps=5)))
 
 
-def louiskv() -> Policy:
-    """Small."""
-    return small_policy(default_registry().policy_spec("louiskv"))
-
-
-def all_choices() -> list[tuple[Stage, ...]]:
-    """Every member of every slot with every other, in the order of `SLOTS`."""
-    return list(itertools.product(*map(small_stages, SLOTS)))
-
-
-def run_both(policy: Policy) -> None:
-    """Both executions do the same."""
-    layout = CASE.layout()
-    text = CASE.text(layout)
-    dense, offload = (play(CASE.layer(policy, execution), text, CASE) for execution in ("dense", "offload"))
-    assert_equal_traces(dense, offload, 1e-10)
-
-
-@pytest.mark.parametrize("choice", all_choices(), ids=lambda choice: "-".join(map(stage_id, choice)))
+@examples(3)
+@given(choice=any_choice)
 def test_cross_product(choice: tuple[Stage, ...]):
-    """Every composition of registered stages runs, the same in both executions, unless it is refused with a reason."""
+    """A composition of registered stages runs, the same in both executions, unless it is refused with a reason."""
+    louiskv = small_policy(default_registry().policy_spec("louiskv"))
     refusal = None
     try:
-        policy = louiskv().swap(**dict(zip(SLOTS, choice)))
-        CASE.layer(policy, "offload")
+        policy = louiskv.swap(**dict(zip(SLOTS, choice)))
+        dense, offload = (CASE.layer(policy, execution) for execution in ("dense", "offload"))
     except KvframeError as error:
         refusal = str(error)
     if refusal is None:
-        run_both(policy)
+        text = CASE.text(dense.layout)
+        assert_equal_traces(play(dense, text, CASE), play(offload, text, CASE), 1e-10)
     else:
         names = [name for stage in choice for name in (stage.name, type(stage).__name__)]
         assert any(name in refusal for name in names), f"the refusal names none of the stages: {refusal}"
 
 
 def default_choices() -> list[tuple[Slot, Stage]]:
-    """Every registered stage that needs no options, with those it has by default."""
-    found = []
+    """Every registered stage, with the options it has by default; small where it needs some."""
+    choices = []
     for record in default_registry().stages():
         try:
-            found.append((record.slot, record.make()))
+            choices.append((record.slot, record.make()))
         except KvframeError:
-            assert record.name == "decoupled", "a stage that cannot be made without options needs a test of its own"
-    return found
+            choices += [(record.slot, stage) for stage in small_stages(record.slot) if stage.name == record.name]
+    return choices
 
 
 @pytest.mark.parametrize("slot, stage", default_choices(), ids=lambda part: getattr(part, "name", part))
-def test_louiskv_with_one_slot_swapped(slot: Slot, stage: Stage):
-    """`swap` puts a stage, as it comes, into its slot, leaves the other slots alone, and the result runs."""
+def test_swap_changes_one_slot(slot: Slot, stage: Stage):
+    """`swap` puts a stage, as it comes, into its slot and leaves the other slots alone."""
     policy = kvframe.policy("louiskv")
     swapped = policy.swap(**{slot: stage})
 
     assert swapped.stage(slot) is stage
     assert all(swapped.stage(other) == policy.stage(other) for other in SLOTS if other != slot)
-    run_both(louiskv().swap(**{slot: stage}) if slot != "units" else swapped)
 
 
 def test_a_refusal_says_why():
     """A budget below the size of a unit is refused, and both are named."""
+    louiskv = small_policy(default_registry().policy_spec("louiskv"))
     with pytest.raises(KvframeError, match=r"budget of 10 tokens .*PageUnits\(page_size=11\)"):
-        louiskv().swap(units=kvframe.PageUnits(page_size=11))
+        louiskv.swap(units=kvframe.PageUnits(page_size=11))
+
+
+def test_a_swap_is_told_by_what_it_changes():
+    """The label has the stage's name and the options that are not its defaults, parts included."""
+    units = kvframe.DecoupledUnits(prompt=kvframe.ClusterUnits(block_size=None), output=kvframe.TokenUnits())
+    swap = Swap(policy=kvframe.policy("louiskv"), slot="units", stage=units)
+
+    assert swap.label == "decoupled(clusters(block_size=None), tokens)"

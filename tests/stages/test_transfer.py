@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from helpers import make_layout, make_text, small_stages, stage_id
+from helpers import stage_id
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe import HostPool, KeepOnDevice, LayerLayout, Transfer
 from kvframe.memory.pool import RowStore
+from kvframe.testing.cases import make_layout, make_text
+from kvframe.testing.small import small_stages
 
 every_transfer = pytest.mark.parametrize("transfer", small_stages("transfer"), ids=stage_id)
 LAYOUT = make_layout(batch_size=3, num_kv_heads=2, head_dim=4, value_dim=5)

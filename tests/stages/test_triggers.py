@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from helpers import make_layout, small_stages, stage_id
+from helpers import stage_id
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvframe import EveryStep, FixedStride, Never, Once, StepInputs, Trigger
 from kvframe.errors import ConfigError
+from kvframe.testing.cases import make_layout
+from kvframe.testing.small import small_stages
 
 
 def fire(trigger: Trigger, turns: list[int]) -> list[list[bool]]:

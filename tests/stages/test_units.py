@@ -4,15 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_layout, small_stages, stage_id, unit_lists
+from helpers import stage_id, unit_lists
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import stages
 from torch import Tensor
 
 from kvframe import Decision, DecoupledUnits, EveryStep, PageUnits, StepInputs, TokenUnits, UnitBuilder
 from kvframe.errors import ConfigError, SlotError
 from kvframe.stages.units import build_runs
+from kvframe.testing.cases import make_layout
+from kvframe.testing.small import small_stages
+from kvframe.testing.strategies import stages
 
 
 def random_keys(num_heads: int, num_tokens: int, seed: int) -> Tensor:

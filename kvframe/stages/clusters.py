@@ -6,10 +6,9 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from kvframe.stages import UnitBuilder
+from kvframe.stages.units import UnitBuilder
 from kvframe.types import Decision, LayerLayout, StepInputs, Units
 from kvframe.validators import integer
-from kvframe_kernels.kmeans import kmeans
 
 
 @frozen(kw_only=True)
@@ -17,21 +16,20 @@ class ClusterUnits(UnitBuilder):
     """k-means clusters of the prompt's keys, for every KV head on its own; never clustered again.
 
     Spherical: mean-centred keys, cosine assignment, seeds at evenly spaced tokens, so that the same prompt always gives
-    the same clusters (as in ClusterKV, arXiv 2412.03213, and RetroInfer, arXiv 2505.02922). The prompt is clustered in
-    blocks, which makes the cost linear in its length. What comes after the prompt is cut into runs of `cluster_size`
-    tokens.
+    the same clusters (as in ClusterKV, arXiv 2412.03213, and RetroInfer, arXiv 2505.02922). Clustered in blocks, a
+    prompt costs time linear in its length. What comes after the prompt is cut into runs of `cluster_size` tokens.
     """
 
     name: ClassVar[str] = "clusters"
     capturable: ClassVar[bool] = True
     cluster_size: int = field(default=16, validator=integer(at_least=1))
     """Tokens of an average cluster."""
-    block_size: int = field(default=8192, validator=integer(at_least=1))
-    """Prompt tokens clustered at once."""
+    block_size: int | None = field(default=8192, validator=integer(at_least=1, or_none=True))
+    """Prompt tokens clustered at once; None for all that come at once."""
     num_iterations: int = field(default=10, validator=integer(at_least=0))
     """Updates of the centroids."""
-    split_factor: int = field(default=4, validator=integer(at_least=1))
-    """A cluster of more than this many times the average size is split."""
+    split_factor: int | None = field(default=4, validator=integer(at_least=1, or_none=True))
+    """A cluster of more than this many times the average size is split; None for never."""
 
     @property
     def unit_size(self) -> int:
@@ -47,12 +45,13 @@ class ClusterUnits(UnitBuilder):
 
     def build(self, keys: Tensor) -> Units:
         num_heads, num_tokens, width = keys.shape
-        num_full = num_tokens // self.block_size
-        stop = num_full * self.block_size
+        block_size = num_tokens if self.block_size is None else self.block_size
+        num_full = num_tokens // block_size
+        stop = num_full * block_size
         parts = []
         if num_full:
             # All whole blocks side by side: each is a problem of its own, and many small ones keep a device busy.
-            blocks = keys[:, :stop].reshape(num_heads * num_full, self.block_size, width)
+            blocks = keys[:, :stop].reshape(num_heads * num_full, block_size, width)
             parts.append(self._cluster(blocks, num_heads))
         if stop < num_tokens:
             parts.append(self._cluster(keys[:, stop:], num_heads))
@@ -66,11 +65,12 @@ class ClusterUnits(UnitBuilder):
 
     def _cluster(self, blocks: Tensor, num_heads: int) -> Units:
         """Units of blocks [num_heads * n, T, D]; those of a head one behind the other, with gaps between the blocks."""
+        from kvframe_kernels.kmeans import kmeans
+
         num_tokens = blocks.shape[1]
         num_clusters = max(1, num_tokens // self.cluster_size)
-        order, sizes, num_units = kmeans(
-            blocks, num_clusters, self.num_iterations, self.split_factor * self.cluster_size
-        )
+        longest = num_tokens if self.split_factor is None else self.split_factor * self.cluster_size
+        order, sizes, num_units = kmeans(blocks, num_clusters, self.num_iterations, longest)
         starts = torch.arange(blocks.shape[0] // num_heads, device=order.device) * num_tokens
         order = order.view(num_heads, -1, num_tokens) + starts[:, None]
         return Units(

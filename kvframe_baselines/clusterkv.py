@@ -1,0 +1,82 @@
+"""ClusterKV: clusters of similar keys, ranked by their centroids at every step.
+
+ClusterKV: Manipulating LLM KV Cache in Semantic Space for Recallable Compression, 2024, arXiv 2412.03213.
+
+- trigger: every step
+- units: spherical k-means of the prompt's keys, one cluster for 80 tokens; generated tokens in runs
+- scorer: product of the query with a cluster's centroid, without softmax
+- selector: whole clusters in the order of their scores, the last one cut to fit the budget
+- transfer: all KV on the host
+
+Where ours differs from the paper:
+
+- **Generated tokens.** The paper clusters every 320 of them, alone, into 4 clusters. Here they form runs of 80.
+- **k-means** starts from evenly spaced tokens instead of random ones, so that the same prompt always gives the same
+  clusters, and compares keys after taking off their mean, which no ranking of products depends on.
+- **Which clusters make room.** The paper keeps the clusters of the last steps on the device; here those of the last
+  selection stay.
+- **One selection for each KV head**: the mean of its query heads' scores. The budget is for retrieved tokens, sinks and
+  window come on top.
+"""
+
+from typing import Literal
+
+from attrs import frozen
+
+from kvframe.composition import Policy
+from kvframe.hookspecs import PolicySpec
+from kvframe.stages import ClusterUnits, DecoupledUnits, EveryStep, HostPool, MeanKey, PageUnits, TopBudget
+
+
+@frozen(kw_only=True)
+class ClusterKVConfig:
+    """ClusterKV: clusters of the prompt's keys, ranked by their centroids at every step."""
+
+    token_budget: int = 1024
+    sink_size: int = 16
+    window_size: int = 320
+    cluster_size: int = 80
+    """Prompt tokens of an average cluster."""
+    num_iterations: int = 10
+    """Iterations of k-means."""
+    page_size: int = 80
+    """Tokens of a run of generated tokens, which is one unit."""
+    group_reduction: Literal["mean", "max"] = "mean"
+    """How the scores of the query heads of a group become one."""
+    dense_layers: tuple[int, ...] | Literal["all"] = (0, 1)
+    """Layers that keep their whole KV on the device."""
+
+
+def build_clusterkv(config: ClusterKVConfig) -> Policy:
+    """The policy that a config stands for."""
+    return Policy(
+        name="clusterkv",
+        trigger=EveryStep(),
+        units=DecoupledUnits(
+            prompt=ClusterUnits(
+                cluster_size=config.cluster_size,
+                block_size=None,
+                num_iterations=config.num_iterations,
+                split_factor=None,
+            ),
+            output=PageUnits(page_size=config.page_size),
+        ),
+        scorer=MeanKey(group_reduction=config.group_reduction, softmax=False),
+        selector=TopBudget(token_budget=config.token_budget),
+        transfer=HostPool(),
+        sink_size=config.sink_size,
+        window_size=config.window_size,
+        dense_layers=config.dense_layers,
+    )
+
+
+POLICIES = (
+    PolicySpec(
+        name="clusterkv",
+        config_cls=ClusterKVConfig,
+        build=build_clusterkv,
+        title="ClusterKV: Manipulating LLM KV Cache in Semantic Space for Recallable Compression",
+        year=2024,
+        paper="arXiv 2412.03213",
+    ),
+)
