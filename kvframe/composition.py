@@ -132,8 +132,19 @@ class Policy:
         return self.dense_layers == "all" or layer_idx in self.dense_layers
 
     @property
+    def needs_token_ids(self) -> bool:
+        """Whether one of its stages is to be told the ids of tokens."""
+        return any(part.needs_token_ids for slot in SLOTS for part in self.stage(slot).with_parts())
+
+    def fitted(self, tokenizer: Any) -> Self:
+        """The policy for texts of a Hugging Face tokenizer; itself, unless a stage has to know the vocabulary."""
+        stages = {slot: self.stage(slot).fitted(tokenizer) for slot in SLOTS}
+        changed = {slot: stage for slot, stage in stages.items() if stage is not self.stage(slot)}
+        return self.swap(**changed) if changed else self
+
+    @property
     def promises(self) -> tuple[Invariant, ...]:
-        """The invariants this composition keeps: all but those that one of its stages waives."""
+        """The invariants this composition keeps: all but those that one of its stages, or a part of one, waives."""
         waived = frozenset().union(*(part.waives for slot in SLOTS for part in self.stage(slot).with_parts()))
         return tuple(invariant for invariant in Invariant if invariant not in waived)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvframe.attention import causal_attention
 from kvframe.layer import LayerRuntime
 from kvframe.types import LayerLayout
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -35,6 +35,7 @@ class DenseLayer(LayerRuntime):
         self._keys, self._values = layout.zeros(capacity)
         self._lengths = [0] * layout.batch_size
         self._stored = torch.zeros(layout.batch_size, dtype=torch.int64, device=layout.device)
+        self._arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
 
     @property
     def lengths(self) -> list[int]:
@@ -97,7 +98,10 @@ class DenseLayer(LayerRuntime):
         self._stored += 1
         if self._publish is not None:
             self._publish(query[:, :, 0], self._keys, self._stored, self.layout)
-        return slot_attention(query, self._keys, self._values, None, self.layout.sm_scale, lengths=self._stored)[0]
+        return slot_attention(
+            query, self._keys, self._values, None, self.layout.sm_scale,
+            lengths=self._stored, arrivals=self._arrivals,
+        )[0]  # fmt: skip
 
     def count_decoded(self, num_tokens: int) -> None:
         self._lengths = [length + num_tokens for length in self._lengths]

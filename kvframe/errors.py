@@ -49,6 +49,14 @@ class NonFiniteError(KvframeError, ArithmeticError):
     """Keys or values contain NaN or infinity."""
 
 
+class StudyFileError(KvframeError):
+    """A study file raises an error, or defines no study."""
+
+
+class ResultsFileError(KvframeError, OSError):
+    """A study's results cannot be read or written."""
+
+
 class PluginError(KvframeError):
     """A plugin is at fault."""
 

@@ -106,11 +106,15 @@ class LayerRuntime(ABC):
         on_cpu = self.layout.device.type == "cpu"
         if on_cpu and math.isfinite(float(keys.sum()) + float(values.sum())):
             return  # a finite sum has only finite terms, and is far cheaper to ask for
-        finite = torch.isfinite(keys).all(-1) & torch.isfinite(values).all(-1)  # [B, H, T]
-        if min(num_real) < keys.shape[2]:
+        if min(num_real) == keys.shape[2]:
+            for tensor in (keys, values):
+                # The largest magnitude, in one pass over the memory: NaN prevails over every number.
+                self._finite &= torch.linalg.vector_norm(tensor, math.inf, dim=(2, 3)).isfinite()
+        else:
+            finite = torch.isfinite(keys).all(-1) & torch.isfinite(values).all(-1)  # [B, H, T]
             ages = torch.arange(keys.shape[2], 0, -1, device=keys.device)
             finite |= ages > torch.tensor(num_real, device=keys.device)[:, None, None]
-        self._finite &= finite.all(-1)
+            self._finite &= finite.all(-1)
         if on_cpu:
             self.raise_if_not_finite()
 

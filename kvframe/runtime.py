@@ -1,5 +1,6 @@
 """One layer's step: calls the five stages in order. It has no policy of its own."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from kvframe.memory.positions import RowPositions
 from kvframe.memory.slots import SlotMemory
 from kvframe.memory.survivors import Survivors
 from kvframe.memory.token_ids import TokenIds
+from kvframe.stages import SLOTS, Stage
 from kvframe.stats import RetrievalStats
 from kvframe.types import (
     BlockInputs,
@@ -35,7 +37,7 @@ from kvframe.types import (
     UnitTable,
 )
 from kvframe_kernels.kmeans import write_in_order
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -93,14 +95,13 @@ class OutputBlocks:
         return self.start + self.size + window_size
 
 
-def output_units(policy: Policy, num_tokens: int) -> int:
-    """No more units can come from so many generated tokens."""
-    units = policy.units
-    most = num_tokens // min(units.min_size, units.max_size) + 1
-    if units.regroup_size is not None:
-        regrouped = units.regroup(torch.zeros(1, units.regroup_size, 1)).sizes.shape[1]
-        most += (num_tokens // units.regroup_size + 1) * (regrouped + 1)
-    return most
+def units_of_regrouping(policy: Policy, num_tokens: int) -> int:
+    """So many units more can come of generated tokens where they are grouped anew in blocks."""
+    size = policy.units.regroup_size
+    if size is None:
+        return 0
+    of_block = policy.units.regroup(torch.zeros(1, size, 1)).sizes.shape[1]
+    return (max(0, num_tokens) // size + 1) * (of_block + 1)  # one where the end of a block cuts a unit
 
 
 class RetrievalLayer(LayerRuntime):
@@ -122,8 +123,13 @@ class RetrievalLayer(LayerRuntime):
         token_ids: TokenIds | None = None,
     ) -> None:
         super().__init__(layout)
+        if token_ids is None and policy.needs_token_ids:
+            raise UnsupportedCallError(
+                f"{_asking_for_ids(policy)!r} asks for token ids, which only the model inside a `kvframe.attach` block "
+                "gives; call it there, with input_ids"
+            )
         self.policy = policy
-        self._board = board
+        self._board: Board = {} if board is None else board
         self._token_ids = token_ids
         self._row_bytes = policy.transfer.row_bytes(layout)
         self.ledger = Ledger(
@@ -174,7 +180,9 @@ class RetrievalLayer(LayerRuntime):
             if kept is not None:
                 kept.reserve(self._capacity)
         if not self.ledger.in_prompt:
-            self._reserve_units(self.ledger.max_units + (self._capacity - before) // self.ledger.min_size + 1)
+            more = self._capacity - before
+            units = more // self.ledger.min_size + 1 + units_of_regrouping(self.policy, more)
+            self._reserve_units(self.ledger.max_units + units)
 
     # ---- the prompt -------------------------------------------------------------------------------------------------
 
@@ -241,27 +249,48 @@ class RetrievalLayer(LayerRuntime):
                         self.memory.prefetch(batch + 1, past[batch + 1], num_real[batch + 1])
                 elif ahead is not None:
                     ahead()
-                self._observe_prompt(batch, query[batch, :, own], row_keys[0], num_tail)
                 alive = None if self._survivors is None else self._survivors.of(batch, length)
+                self._observe_prompt(batch, query[batch, :, own], row_keys[0], num_tail, alive)
                 out[row, :, own] = causal_attention(
                     query[row, :, own], row_keys, row_values, self.layout.sm_scale, alive
                 )
         return out
 
-    def _observe_prompt(self, batch: int, query: Tensor, keys: Tensor, num_tail: int) -> None:
-        """Show the scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are proposed."""
-        scorer, num_keys = self.policy.scorer, keys.shape[1] - num_tail
-        if not scorer.reads_prompt or query.shape[1] <= num_tail:
+    def _observe_prompt(
+        self, batch: int, query: Tensor, keys: Tensor, num_tail: int, alive: Tensor | None = None
+    ) -> None:
+        """Show trigger and scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are
+        proposed.
+
+        alive: bool [H, L - T], those of the earlier tokens that are left; None for all.
+        """
+        trigger, scorer, num_keys = self.policy.trigger, self.policy.scorer, keys.shape[1] - num_tail
+        if not (trigger.reads_prompt or scorer.reads_prompt) or query.shape[1] <= num_tail:
             return
-        no_notes = query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32)
+        if alive is not None:
+            alive = torch.nn.functional.pad(alive, (0, num_keys - alive.shape[-1]), value=True)
         prompt = PromptInputs(
             query=query[:, : query.shape[1] - num_tail],
             keys=keys[:, :num_keys],
-            notes=no_notes if self._notes is None else self._notes.of(batch, 0, num_keys),
+            notes=query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32),
+            positions=lambda: self._prompt_positions(batch, num_keys),
+            alive=alive,
             batch=batch,
             layout=self.layout,
+            board=self._board,
         )
-        scorer.observe_prompt(prompt, self._scorer_state)
+        if trigger.reads_prompt:
+            trigger.observe_prompt(prompt, self._trigger_state)
+        if scorer.reads_prompt:
+            if self._notes is not None:
+                prompt = evolve(prompt, notes=self._notes.of(batch, 0, num_keys))
+            scorer.observe_prompt(prompt, self._scorer_state)
+
+    def _prompt_positions(self, batch: int, num_keys: int) -> Tensor:
+        """int64 [H, num_keys]: the positions of a sequence's rows, of a run that is not stored yet as well."""
+        if self.ledger.lengths[batch]:
+            return self.positions.of(batch, num_keys).to(self.layout.device)
+        return torch.arange(num_keys, device=self.layout.device).expand(self.layout.num_kv_heads, -1)
 
     def _take_in(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
         """Store prompt tokens, the last `num_real` of each sequence; those before the window become prompt units."""
@@ -269,7 +298,8 @@ class RetrievalLayer(LayerRuntime):
         ledger.begin_prompt()
         ahead = [length + num for length, num in zip(ledger.lengths, num_real, strict=True)]
         if ledger.has_decoded:
-            # Units still in the window from an earlier turn make room first.
+            # Units still in the window from an earlier turn make room first; the index may have none for them yet.
+            self._reserve_units(max(map(ledger.most_closed, range(len(num_real)))))
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
                 self._extend_index(unit)
@@ -311,13 +341,15 @@ class RetrievalLayer(LayerRuntime):
         num_units = units.sizes.shape[1]
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
+        notes = None
+        if self._notes is not None:
+            self._notes.reorder(batch, start, units.order)
+            notes = self._notes.of(batch, start, start + keys.shape[1])
         if self._index is not None:
             unit_ids = units.ids()
             ordered = rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :]
-            self._index.write(batch, columns, self.policy.scorer.index(*ordered, unit_ids, num_units))
+            self._index.write(batch, columns, self.policy.scorer.index_noted(*ordered, unit_ids, num_units, notes))
             self._row_index.write(batch, start, *ordered, unit_ids, num_units)
-        if self._notes is not None:
-            self._notes.reorder(batch, start, units.order)
         self.memory.store_block(batch, start, rows)
         self.positions.add_block(batch, start, units.order)
 
@@ -349,7 +381,8 @@ class RetrievalLayer(LayerRuntime):
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.add(self.ledger.counts)
         out = self._attend(query, decision.full, lengths)
-        self._observe(inputs, decision.full, lengths)
+        # Attention was by the step's own query, whatever units were scored with.
+        self._observe(evolve(inputs, query=query[:, :, 0]), lengths)
         return out
 
     def _attend(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
@@ -377,11 +410,11 @@ class RetrievalLayer(LayerRuntime):
         keys, values = (units.index[name] for name in means)
         return rest_attention(query, keys, values, rest, self.layout.sm_scale)
 
-    def _observe(self, inputs: StepInputs, full: Tensor | None, lengths: list[int]) -> None:
+    def _observe(self, inputs: StepInputs, lengths: list[int]) -> None:
         """Let the scorer look back at the step."""
         scorer = self.policy.scorer
         if scorer.reads_attention:
-            scorer.observe(inputs, self.memory.weights(inputs.query, full, lengths), self._scorer_state)
+            scorer.observe(inputs, self.memory.weights(inputs.query, inputs.full, lengths), self._scorer_state)
         self._has_selected = True
         self._let_go()
 
@@ -400,8 +433,9 @@ class RetrievalLayer(LayerRuntime):
         self.memory.traffic.rows_written += self.layout.batch_size * self.layout.num_kv_heads
 
     def addresses(self) -> list[int]:
-        # Whatever grows, grows with the rows or with the units; states of stages are made anew when all is forgotten.
-        return [id(self), self.capacity, self.ledger.max_units, self._num_forgotten]
+        # The memory grows with the rows; states of stages are made anew when all is forgotten.
+        index = [] if self._index is None else self._index.addresses()
+        return [id(self), self.capacity, self._num_forgotten, self.ledger.unit_offsets.data_ptr(), *index]
 
     def steps_left(self) -> int:
         left = self.capacity - max(self.ledger.lengths)
@@ -413,12 +447,14 @@ class RetrievalLayer(LayerRuntime):
         if self.ledger.in_prompt:
             # Room for all units that the planned rows can still give, so that nothing is allocated while decoding; and
             # no more than that, now that the prompt's units are counted.
-            num_units = max(self.ledger.closed_at_end()) + self._output_units()
-            self.ledger.fit_units(num_units)
+            num_closed, num_left = self.ledger.most_units(self.capacity)
+            more = units_of_regrouping(self.policy, self.capacity - min(self.ledger.open_starts))
+            self.ledger.fit_units(num_closed + more)
             if self._index is not None:
-                self._index.fit(num_units)
+                self._index.fit(num_left + more)
             starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
+            self.memory.begin_decode()
             size = self.policy.units.regroup_size
             if size is not None:
                 self._blocks = [
@@ -446,25 +482,22 @@ class RetrievalLayer(LayerRuntime):
         rows = memory.stage(stop - start)
         write_in_order(read[..., :width], read[..., width:], units.order, rows)
         first, sources, is_new = self.ledger.regroup(batch, start, stop, units)
+        notes = None
+        if self._notes is not None:
+            self._notes.reorder(batch, start, units.order)
+            notes = self._notes.of(batch, start, stop)
         if self._index is not None:
             unit_ids, num_units = units.ids(), units.sizes.shape[1]
             ordered = rows[..., :width], rows[..., width:]
-            entries = self.policy.scorer.index(*ordered, unit_ids, num_units)
+            entries = self.policy.scorer.index_noted(*ordered, unit_ids, num_units, notes)
             self._index.regroup(batch, sources, entries, first, is_new)
             self._row_index.write(batch, start, *ordered, unit_ids, num_units)
         if self._estimated is not None:
             own = self._estimated[batch]
             moved = own.gather(1, sources[:, : own.shape[1]].clamp(max=own.shape[1] - 1))
             own.copy_(moved | is_new[:, : own.shape[1]])
-        if self._notes is not None:
-            self._notes.reorder(batch, start, units.order)
         memory.reorder(batch, start, units.order, rows)
         self.positions.add_block(batch, start, units.order)
-
-    def _output_units(self) -> int:
-        """No more units can come from the tokens in the window and those there is room for."""
-        remaining = self.capacity - min(self.ledger.lengths) + self.ledger.window_size + self.ledger.max_size
-        return output_units(self.policy, remaining)
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
@@ -477,6 +510,9 @@ class RetrievalLayer(LayerRuntime):
         inputs = StepInputs(
             query=query,
             layout=self.layout,
+            key=keys,
+            num_tokens=self.ledger.counts[LENGTH],
+            alive=None if self._survivors is None else self._survivors.alive,
             notes=None if self._notes is None else self._notes.tensor,
             token_ids=None if self._token_ids is None else self._token_ids.at([length - 1 for length in lengths]),
             row_bytes=self._row_bytes,
@@ -491,7 +527,7 @@ class RetrievalLayer(LayerRuntime):
         probe = self.policy.scorer.probe(inputs, self._scorer_state)
         if self._ahead is not None:
             probe, due = self._look_ahead(self._ahead, probe, decision)
-        return evolve(inputs, query=probe, due=due), decision
+        return evolve(inputs, query=probe, due=due, full=decision.full, state=self._scorer_state), decision
 
     def _look_ahead(self, before: Ahead, probe: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
         """Heads that are not due select with the query of the step before, where that asked for it; the queries and
@@ -508,6 +544,8 @@ class RetrievalLayer(LayerRuntime):
     def _extend_index(self, unit: LeavingUnits) -> None:
         self._row_index.extend(unit)
         if self._index is not None:
+            if self._notes is not None:
+                unit = evolve(unit, notes=self._notes.tensor)
             self.policy.scorer.extend(self._index.tensors, unit)
         if self._estimated is not None:
             # A unit that has just left is estimated until a selection says otherwise.
@@ -517,7 +555,7 @@ class RetrievalLayer(LayerRuntime):
 
     def _units(self, index: UnitIndex) -> UnitTable:
         """The units that can be selected."""
-        max_units = max(1, self.ledger.visible_units())
+        max_units = max(1, min(self.ledger.visible_units(), index.max_units))
         return UnitTable(
             offsets=self.ledger.unit_offsets,
             num_units=self.ledger.num_units,
@@ -610,6 +648,9 @@ class RetrievalLayer(LayerRuntime):
 
     def reset(self) -> None:
         self._forget()
+        for kind, layer_idx in list(self._board):
+            if layer_idx == self.layout.layer_idx:
+                del self._board[kind, layer_idx]
         self.stats.reset()
         self.memory.clear_traffic()
 
@@ -671,12 +712,20 @@ def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int
     return policy.transfer.host_bytes(layout, num_rows) + positions
 
 
+def _asking_for_ids(policy: Policy) -> Stage:
+    """A stage that is to be told the ids of tokens."""
+    return next(part for slot in SLOTS for part in policy.stage(slot).with_parts() if part.needs_token_ids)
+
+
 def _make_memory(
     layout: LayerLayout, policy: Policy, ledger: Ledger, capacity: int, execution: Execution, backend: Any
 ) -> LayerMemory:
     num_resident = policy.selector.capacity_in(layout)
     if execution == "offload":
         store = policy.transfer.init(layout, capacity)
-        return SlotMemory(layout, ledger, store, num_resident, backend or slot_attention)
+        if backend is None:
+            arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
+            backend = functools.partial(slot_attention, arrivals=arrivals)
+        return SlotMemory(layout, ledger, store, num_resident, backend)
     memory = DenseMemory if execution == "dense" else ShadowMemory
     return memory(layout, ledger, capacity, num_resident, policy.transfer.codec(layout))

@@ -12,9 +12,10 @@ A *position* counts the real tokens of one sequence from 0 (left padding does no
 the pool: its position, except inside a prompt block, whose tokens lie in unit order.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from attrs import field, frozen
@@ -77,36 +78,53 @@ class StepInputs:
     query: Tensor
     """[B, Hq, D], after RoPE: what attention sees."""
     layout: LayerLayout
+    key: Tensor | None = None
+    """[B, H, D], of this token, after RoPE."""
+    num_tokens: Tensor | None = None
+    """int64 [B, H], tokens of each sequence: without this one while the trigger and the units are asked, with it from
+    there on."""
+    alive: Tensor | None = None
+    """bool [B, H, R], rows that a store which drops still has; None where nothing is dropped."""
     due: Tensor | None = None
     """bool [B, H], the heads that select in this step, once the trigger has said so. What a scorer or a selector gives
     for the others is not used: on a device, kernels skip them."""
+    state: Any = None
+    """The scorer's running state, once its `probe` was asked."""
     notes: Tensor | None = None
     """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
+    full: Tensor | None = None
+    """bool [B, H], the heads that attend to everything in this step; None where none ever does."""
     token_ids: Tensor | None = None
     """int64 [B], the id of this token; None unless a stage asks for ids."""
     row_bytes: int = 0
     """Bytes of a row in the store."""
     board: "Board | None" = None
-    """What other layers have published in this step."""
+    """What other layers have published, in this step or before."""
 
 
-Board = dict[int, Tensor]
-"""By layer: what it has published for the layers behind it in one forward pass. One a cache."""
+Board = dict[tuple[str, int], Tensor]
+"""By what it is and by layer: what a layer has published for the others. One a cache."""
 
 
 @frozen(kw_only=True, eq=False)
 class PromptInputs:
-    """What a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
+    """What a trigger or a scorer sees of a run of prompt tokens of one sequence, when their attention is computed."""
 
     query: Tensor
     """[Hq, T, D], after RoPE."""
     keys: Tensor
     """[H, L, D], L >= T, in the order of the rows: those of earlier tokens, then the T of this run."""
     notes: Tensor
-    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new."""
+    """[F, H, L], of the same rows, to be written in place; 0 for a token that is new. A trigger has none, F = 0."""
+    positions: Callable[[], Tensor]
+    """Gives int64 [H, L], the positions of the same rows; waits for the device where there are earlier tokens."""
+    alive: Tensor | None
+    """bool [H, L], those of the rows that have not been dropped; None for all. What others hold means nothing."""
     batch: int
     """The sequence's place in the batch."""
     layout: LayerLayout
+    board: "Board"
+    """What layers have told each other; to be written where others are to know."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -174,7 +192,7 @@ class UnitTable:
     """The units that can be selected, as scorer and selector see them."""
 
     offsets: Tensor
-    """int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
+    """int32 or int64 [B, H, >= U + 1]: unit u is the rows [offsets[u], offsets[u + 1])."""
     num_units: Tensor
     """int64 [B, H]: units behind it do not exist."""
     max_units: int
@@ -186,8 +204,23 @@ class UnitTable:
 
     @property
     def sizes(self) -> Tensor:
-        """int64 [B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
+        """[B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
         return self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]
+
+    def of_rows(self, numbers: Tensor, reduction: Literal["mean", "amax"] = "mean") -> Tensor:
+        """One number for each unit from those of its rows; floating point [B, H, R] to [B, H, U], -inf where there is
+        no unit."""
+        columns = torch.arange(self.max_units + 1, device=numbers.device)
+        num_rows, num_units = numbers.shape[-1], self.num_units[..., None]
+        # What lies behind the last unit's end means nothing, and a search needs ascending bounds.
+        bounds = self.offsets[..., : self.max_units + 1].masked_fill(columns > num_units, num_rows)
+        rows = torch.arange(num_rows, device=numbers.device).expand_as(numbers).contiguous()
+        unit = torch.searchsorted(bounds, rows, right=True) - 1
+        # The last column collects the rows of no unit.
+        unit = torch.where((unit >= 0) & (unit < num_units), unit, self.max_units)
+        found = numbers.new_full((*numbers.shape[:2], self.max_units + 1), -math.inf)
+        found = found.scatter_reduce(-1, unit, numbers, reduction, include_self=False)[..., : self.max_units]
+        return found.masked_fill(columns[:-1] >= num_units, -math.inf)
 
 
 @frozen(kw_only=True, eq=False)
@@ -209,6 +242,8 @@ class LeavingUnits:
     """[B, H, N, Dv], likewise."""
     ring_first: int
     ring_size: int
+    notes: Tensor | None = None
+    """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [B * H, max_size, D], values [B * H, max_size, Dv] and unit ids int64 [B * H, max_size]: 0 for a token
@@ -219,6 +254,14 @@ class LeavingUnits:
         values = self.values.gather(2, place.expand(-1, -1, -1, self.values.shape[-1]))
         unit_ids = (steps >= self.size[..., None]).long()
         return keys.flatten(0, 1), values.flatten(0, 1), unit_ids.flatten(0, 1)
+
+    def noted(self) -> Tensor | None:
+        """Notes of the same tokens, [F, B * H, max_size]."""
+        if self.notes is None:
+            return None
+        steps = torch.arange(self.max_size, device=self.start.device)
+        row = (self.start[..., None] + steps).clamp(max=self.notes.shape[-1] - 1)
+        return self.notes.gather(-1, row.expand(self.notes.shape[0], *row.shape)).flatten(1, 2)
 
 
 class Invariant(Enum):

@@ -52,3 +52,25 @@ def finite_number(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) 
     """An int or float that is neither NaN nor infinite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
         raise ConfigError(f"{_where(instance, attribute)} must be a finite number, got {value!r}")
+
+
+def odd(instance: Any, attribute: "attrs.Attribute[Any]", value: int) -> None:
+    """An odd number."""
+    if value % 2 == 0:
+        raise ConfigError(f"{_where(instance, attribute)} must be odd, got {value!r}")
+
+
+def share(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{_where(instance, attribute)} must be a number from 0 to 1, got {value!r}")
+
+
+def integers(*, at_least: int) -> Validator:
+    """A tuple of ints, none of them a bool, of at least this size each; it may be empty."""
+
+    def check(instance: Any, attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        if not isinstance(value, tuple) or not all(type(item) is int and item >= at_least for item in value):
+            raise ConfigError(f"{_where(instance, attribute)} must be a tuple of integers >= {at_least}, got {value!r}")
+
+    return check

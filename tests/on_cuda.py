@@ -53,6 +53,9 @@ def generate(model: LlamaForCausalLM, **options: object) -> tuple[Tensor, Tensor
 
 def small(name: str, token_budget: int) -> kvframe.Policy:
     """A policy with sizes that fit a short text."""
-    options = {"token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "dense_layers": ()}
+    options = {
+        "token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "page_size": 4,
+        "dense_layers": (),
+    }  # fmt: skip
     known = {field.name for field in default_registry().policy_spec(name).config_cls.__attrs_attrs__}
     return kvframe.policy(name, **{key: value for key, value in options.items() if key in known})

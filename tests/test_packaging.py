@@ -120,8 +120,8 @@ def test_wheel_holds_the_four_packages_only(wheel: Path) -> None:
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
-    """Modules, py.typed marks and kernel sources of the checkout are all in the wheel."""
-    kinds = {".py", ".typed", ".cu", ".cuh", ".cpp"}
+    """Modules, py.typed marks, kernel sources and the report's template are all in the wheel."""
+    kinds = {".py", ".typed", ".cu", ".cuh", ".cpp", ".html", ".css", ".js"}
     expected = {
         path.relative_to(source.parent).as_posix()
         for source in SOURCES

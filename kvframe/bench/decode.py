@@ -128,14 +128,14 @@ def _measure_stock(
     else:
         token = prefill(model, ids, cache, benchmark.prefill_chunk)
     steps = benchmark.offloaded_steps if offloading else benchmark.stock_steps
-    peak_prefill = _reset_peak(device)
+    peak_prefill, held = _reset_peak(device), stock_bytes(cache, device)
     times = _decode(model, token, cache, min(benchmark.warmup, 3), steps, device)
     return _row(
         contender,
         times=times,
         batch_size=benchmark.batch_size,
         attended_tokens=float(benchmark.context),
-        device_kv_bytes=stock_bytes(cache, device),
+        device_kv_bytes=held,
         peak_prefill_bytes=peak_prefill,
         peak_decode_bytes=_reset_peak(device),
     )

@@ -44,7 +44,7 @@ def _forced_scores_kernel(starts, due, offsets, num_units, scores, max_units, nu
     if tl.load(due + head).to(tl.int32) > 0:
         count = tl.load(num_units + head)
         offsets += head * num_offsets
-        num_tokens = tl.maximum(tl.load(offsets + count) - tl.load(offsets), 1)
+        num_tokens = tl.maximum((tl.load(offsets + count) - tl.load(offsets)).to(tl.int64), 1)
         start = (tl.load(starts + head) + stretch // num_tokens) & _MASK
         tl.debug_barrier()  # every warp has read where the head stood before one moves it
         tl.store(starts + head, start)

@@ -32,11 +32,11 @@ def forced_scores_reference(
     """Scores under which a selection of units slides over the ring by `advance` tokens wherever it is due.
 
     starts: int64 [B, H], where on the ring a selection begins, moved on in place where `due`, bool [B, H]; offsets:
-    int64 [B, H, >= num_units + 1] and num_units int64 [B, H] as in a `UnitTable`.
+    int32 or int64 [B, H, >= num_units + 1] and num_units int64 [B, H] as in a `UnitTable`.
     Returns float32 [B, H, max_units]: minus the distance from the start, -inf where there is no unit.
     """
     ends = offsets.gather(-1, num_units[..., None])[..., 0]
-    num_tokens = (ends - offsets[..., 0]).clamp(min=1)
+    num_tokens = (ends - offsets[..., 0]).long().clamp(min=1)
     starts.copy_(torch.where(due, (starts + advance * PLACES // num_tokens) % PLACES, starts))
     units = torch.arange(max_units, device=due.device)
     heads = torch.arange(due.numel(), device=due.device).view(*due.shape, 1)

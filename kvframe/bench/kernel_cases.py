@@ -15,9 +15,9 @@ from kvframe_kernels.gather_kv import gather_kv, store_token
 from kvframe_kernels.kmeans import kmeans
 from kvframe_kernels.query_similarity import query_turned
 from kvframe_kernels.select_units import NUM_TALLIES, exchange_resident, select_units
-from kvframe_kernels.slot_attention import slot_attention
-from kvframe_kernels.unit_index import unit_mean, window_mean
-from kvframe_kernels.unit_scores import unit_scores
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention
+from kvframe_kernels.unit_index import unit_bounds, unit_mean, window_bounds, window_mean
+from kvframe_kernels.unit_scores import box_scores, unit_scores
 
 Call = Callable[[], object]
 Over = Literal["device", "link"]
@@ -94,8 +94,8 @@ class Case:
 def make_cases(sizes: KernelSizes) -> Iterator[Callable[[], list[Case]]]:
     """What makes the cases of one operation after the other, so that the inputs of one can go before the next."""
     makers: list[Callable[[KernelSizes], list[Case]]] = [
-        _query_turned, _append_token, _store_token, _window_mean, _unit_scores, _select_units, _exchange_resident,
-        _gather_kv, _slot_attention, _unit_mean, _kmeans, _forced,
+        _query_turned, _append_token, _store_token, _window_mean, _window_bounds, _unit_scores, _box_scores,
+        _select_units, _exchange_resident, _gather_kv, _slot_attention, _unit_mean, _unit_bounds, _kmeans, _forced,
     ]  # fmt: skip
     for maker in makers:
         yield lambda maker=maker: maker(sizes)  # type: ignore[misc]
@@ -131,7 +131,7 @@ def _append_token(sizes: KernelSizes) -> list[Case]:
     def make(max_size: int) -> Callable[[int], Call]:
         def call(_: int) -> Call:
             counts = torch.zeros(NUM_COUNTS, *sizes.heads, dtype=torch.int64, device=sizes.device)
-            offsets = torch.full((*sizes.heads, 8192), sizes.sink_size, dtype=torch.int64, device=sizes.device)
+            offsets = torch.full((*sizes.heads, 8192), sizes.sink_size, dtype=torch.int32, device=sizes.device)
             slots = _slots(sizes, sizes.token_budget, sizes.window_size + max_size)
             keys, values = sizes.random(*sizes.heads, sizes.head_dim), sizes.random(*sizes.heads, sizes.head_dim)
             finite = sizes.flags(True)
@@ -188,6 +188,23 @@ def _window_mean(sizes: KernelSizes) -> list[Case]:
     return _due_or_not("window_mean", lambda due: _each(make(sizes.flags(due)), copies), num_bytes)
 
 
+def _window_bounds(sizes: KernelSizes) -> list[Case]:
+    copies = sizes.copies(sizes.num_kv_heads * sizes.window_size * sizes.head_dim * sizes.dtype.itemsize)
+    lower, upper = sizes.random(2, *sizes.heads, 64, sizes.head_dim).unbind()
+    size = torch.full(sizes.heads, sizes.unit_size, dtype=torch.int64, device=sizes.device)
+
+    def make(leaves: Tensor) -> Callable[[int], Call]:
+        def call(number: int) -> Call:
+            buffer = sizes.random(*sizes.heads, sizes.window_size, sizes.head_dim)
+            column, start = torch.full_like(size, number), torch.full_like(size, 7 * number)
+            return lambda: window_bounds(lower, upper, column, leaves, start, size, buffer, 0, sizes.window_size)
+
+        return call
+
+    num_bytes = sizes.num_kv_heads * (sizes.unit_size + 2) * sizes.head_dim * sizes.dtype.itemsize
+    return _due_or_not("window_bounds", lambda due: _each(make(sizes.flags(due)), copies), num_bytes)
+
+
 def _unit_scores(sizes: KernelSizes) -> list[Case]:
     centroid_bytes = sizes.num_kv_heads * sizes.num_units * sizes.head_dim * sizes.dtype.itemsize
     copies = sizes.copies(centroid_bytes)
@@ -206,17 +223,41 @@ def _unit_scores(sizes: KernelSizes) -> list[Case]:
     return _due_or_not("unit_scores", calls, num_bytes)
 
 
+def _box_scores(sizes: KernelSizes) -> list[Case]:
+    bound_bytes = 2 * sizes.num_kv_heads * sizes.num_units * sizes.head_dim * sizes.dtype.itemsize
+    corners = [
+        sizes.random(2, *sizes.heads, sizes.num_units, sizes.head_dim).sort(0).values.unbind()
+        for _ in range(sizes.copies(bound_bytes))
+    ]
+    query = sizes.random(1, sizes.num_qo_heads, sizes.head_dim)
+    num_units = torch.full(sizes.heads, sizes.num_units, dtype=torch.int64, device=sizes.device)
+
+    def call(lower: Tensor, upper: Tensor, softmax: bool) -> Call:
+        return lambda: box_scores(query, lower, upper, num_units, sizes.head_dim**-0.5, softmax=softmax)
+
+    num_bytes = bound_bytes + 4 * sizes.num_kv_heads * sizes.num_units
+    return [
+        Case(
+            op="box_scores",
+            state=state,
+            calls=[call(lower, upper, softmax) for lower, upper in corners],
+            num_bytes=num_bytes,
+        )
+        for state, softmax in (("every step", False), ("every step, normalised", True))
+    ]
+
+
 def _unit_offsets(sizes: KernelSizes) -> Tensor:
-    """Units of about the same size, int64 [B, H, U + 2]; together no more than the context."""
+    """Units of about the same size, int32 [B, H, U + 2]; together no more than the context."""
     low, high = max(1, sizes.unit_size // 2), sizes.unit_size
     drawn = torch.randint(low, high + 1, (*sizes.heads, sizes.num_units + 1), device=sizes.device)
     drawn[..., -1] = 0
-    return torch.cat([drawn.new_zeros(*sizes.heads, 1), drawn.cumsum(-1)], -1)
+    return torch.cat([drawn.new_zeros(*sizes.heads, 1), drawn.cumsum(-1)], -1).int()
 
 
 def _select_units(sizes: KernelSizes) -> list[Case]:
     offsets = _unit_offsets(sizes)
-    num_bytes = sizes.num_kv_heads * (12 * sizes.num_units + 8 * sizes.token_budget)
+    num_bytes = sizes.num_kv_heads * (8 * sizes.num_units + 8 * sizes.token_budget)
     scores = [
         torch.randn(*sizes.heads, sizes.num_units, device=sizes.device).softmax(-1)
         for _ in range(sizes.copies(num_bytes))
@@ -301,7 +342,8 @@ def _slot_attention(sizes: KernelSizes) -> list[Case]:
             query = sizes.random(shape[0], sizes.num_qo_heads, 1, sizes.head_dim)
             keys, values = sizes.random(*shape, sizes.head_dim), sizes.random(*shape, sizes.head_dim)
             bias = torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
-            return lambda: slot_attention(query, keys, values, bias, sizes.head_dim**-0.5)
+            arrivals = make_arrivals(shape[0], sizes.num_qo_heads, sizes.device)
+            return lambda: slot_attention(query, keys, values, bias, sizes.head_dim**-0.5, arrivals=arrivals)
 
         calls = _each(call, sizes.copies(num_bytes))
         state = f"batch {batch_size}, {sizes.num_slots:,} slots"
@@ -316,6 +358,15 @@ def _unit_mean(sizes: KernelSizes) -> list[Case]:
     calls: list[Call] = [lambda: unit_mean(rows, ids, sizes.num_units)]
     state = f"prompt of {sizes.context:,} tokens"
     return [Case(op="unit_mean", state=state, calls=calls, num_bytes=rows.nbytes + ids.nbytes, in_graph=False)]
+
+
+def _unit_bounds(sizes: KernelSizes) -> list[Case]:
+    rows = sizes.random(sizes.num_kv_heads, sizes.context, sizes.head_dim)
+    ids = (torch.arange(sizes.context, device=sizes.device) // sizes.unit_size).expand(sizes.num_kv_heads, -1)
+    ids = ids.contiguous()
+    calls: list[Call] = [lambda: unit_bounds(rows, ids, sizes.num_units)]
+    state = f"prompt of {sizes.context:,} tokens"
+    return [Case(op="unit_bounds", state=state, calls=calls, num_bytes=rows.nbytes + ids.nbytes, in_graph=False)]
 
 
 def _kmeans(sizes: KernelSizes) -> list[Case]:

@@ -5,11 +5,14 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from kvframe.cli.ablate import ablate
 from kvframe.cli.bench import bench
 from kvframe.cli.calibrate import calibrate
+from kvframe.cli.compare import compare
 from kvframe.cli.console import errors, out
 from kvframe.cli.demo import demo
 from kvframe.cli.doctor import doctor
+from kvframe.cli.evaluate import evaluate
 from kvframe.cli.families import families
 from kvframe.cli.generate import generate
 from kvframe.cli.listing import list_
@@ -48,8 +51,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, doctor, families, matrix, pages):
+for command in (demo, generate, show, plan, calibrate, compare, ablate, doctor, families, matrix, pages):
     app.command()(command)
+app.command(name="eval")(evaluate)
 app.command(name="list")(list_)
 app.add_typer(bench)
 

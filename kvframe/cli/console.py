@@ -9,15 +9,24 @@ from typing import Any
 from attrs import frozen
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from kvframe.errors import ConfigError
 
+_WIDE = 240
+"""Columns of a table in a file."""
 errors = Console(stderr=True, highlight=False)
 
 
 def out() -> Console:
     """A console on standard output; made at each call, because tests replace the stream."""
     return Console(highlight=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """A table on standard output; where that is no terminal, as wide as it likes to be."""
+    console = out()
+    console.print(table, width=None if console.is_terminal else max(console.width, _WIDE))
 
 
 def print_json(data: Any) -> None:

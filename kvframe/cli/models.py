@@ -11,27 +11,36 @@ from kvframe.errors import ConfigError
 from kvframe.models import SMOLLM2, find_smollm2
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cuda", "cpu")
+SHORT_NAME = "smollm2"
+"""What SmolLM2 may be called for short."""
 
 
-def load(name: str, dtype: str = "auto", *, quiet: bool = False) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A causal language model in evaluation mode, on the GPU if there is one, and its tokenizer.
+def load(
+    name: str, dtype: str = "auto", device: str = "auto", *, quiet: bool = False
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A causal language model in evaluation mode and its tokenizer.
 
-    name: a directory, or a name on the hub; SmolLM2 is taken from where the demo keeps it.
+    name: a directory, or a name on the hub; SmolLM2, or "smollm2", is taken from where the demo keeps it.
     dtype: "auto" is that of the checkpoint.
+    device: "auto" is the GPU if there is one.
 
-    Raises ConfigError for anything that is no model.
+    Raises ConfigError for anything that is no model, and for a device that is not there.
     """
     check_choice("--dtype", dtype, DTYPES)
-    source = _source(name)
+    check_choice("--device", device, DEVICES)
+    source = _source(SMOLLM2 if name == SHORT_NAME else name)
     with waiting(f"loading {name}", quiet=quiet):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"--device cuda: torch {torch.__version__} finds no CUDA device; use --device cpu")
+        place: Any = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             with _silence():
                 tokenizer = AutoTokenizer.from_pretrained(source)
@@ -42,7 +51,25 @@ def load(name: str, dtype: str = "auto", *, quiet: bool = False) -> "tuple[PreTr
                 f"cannot load a causal language model from {name!r}: {_first_line(error)}; expected a directory that "
                 "from_pretrained reads, or the name of one on the hub"
             ) from error
-        return model.to(device).eval(), tokenizer
+        return model.to(place).eval(), tokenizer
+
+
+def read_config(name: str) -> "PreTrainedConfig":
+    """The config of what `load` would load. Raises ConfigError for anything that is no model."""
+    from transformers import AutoConfig
+
+    try:
+        with _silence():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(_source(name))
+            return config
+    except ConfigError:
+        raise
+    except Exception as error:
+        # As in `load`.
+        raise ConfigError(
+            f"cannot read the config of {name!r}: {_first_line(error)}; expected a directory that from_pretrained "
+            "reads, or the name of one on the hub"
+        ) from error
 
 
 def _source(name: str) -> str:

@@ -59,7 +59,8 @@ def generate_text(
     if prefill_chunk_size is not None:
         options["prefill_chunk_size"] = prefill_chunk_size
     num_passes = -(-num_tokens // (prefill_chunk_size or num_tokens))
-    with attach(model, policy, execution=execution) as run, _prefill_bar(model, num_passes, quiet) as bar:
+    fitted = policy.fitted(tokenizer)
+    with attach(model, fitted, execution=execution) as run, _prefill_bar(model, num_passes, quiet) as bar:
         generator: Any = model
         sequences = generator.generate(
             input_ids=input_ids,

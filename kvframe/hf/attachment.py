@@ -169,7 +169,7 @@ def _standing_in(model: PreTrainedModel, steps: CapturedSteps | None) -> Iterato
 @contextmanager
 def _handing_over_ids(model: PreTrainedModel, policy: Policy) -> Iterator[None]:
     """Within the block, caches of ours hear of the ids of tokens, where a stage of the policy asks for them."""
-    if not policy.units.needs_token_ids:
+    if not policy.needs_token_ids:
         yield
         return
 
@@ -178,7 +178,8 @@ def _handing_over_ids(model: PreTrainedModel, policy: Policy) -> Iterator[None]:
         if isinstance(cache, RetrievalCache):
             if ids is None:
                 raise UnsupportedCallError(
-                    f"{policy.units!r} asks for token ids, and the call brings inputs_embeds; call with input_ids"
+                    f"policy {policy.name!r} has a stage that asks for token ids, and the call brings inputs_embeds; "
+                    "call with input_ids"
                 )
             cache.take_token_ids(ids, kwargs.get("attention_mask"))
 

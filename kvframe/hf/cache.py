@@ -163,7 +163,12 @@ class RetrievalCache(Cache):
         if problems:
             raise ConfigError("the policy does not fit:\n" + "\n".join(f"- {problem}" for problem in problems))
         # State that a stage cannot make for this model is an error now, not in the first forward pass.
-        self.policy.trigger.init(evolve(self._expected, device=torch.device("cpu")))
+        retrieving = [layer.layer_idx for layer in self._managed if not self.policy.is_dense(layer.layer_idx)]
+        expected = evolve(self._expected, device=torch.device("cpu"), layer_idx=min(retrieving, default=0))
+        self.policy.trigger.init(expected)
+        if retrieving:
+            self.policy.units.init(expected)
+            self.policy.scorer.init(expected)
 
     # ---- one forward pass -------------------------------------------------------------------------------------------
 
@@ -393,11 +398,6 @@ class RetrievalCache(Cache):
                 layout, capacity, functools.partial(scorer.publish, board=self._board) if publishes else None
             )
         backend = self._registry.plugins.attention_backend(layout, layout.device)
-        if self.policy.units.needs_token_ids and self._token_ids is None:
-            raise UnsupportedCallError(
-                f"{self.policy.units!r} asks for token ids, which only the model inside a `kvframe.attach` "
-                "block gives; call it there, with input_ids"
-            )
         return RetrievalLayer(
             layout, self.policy, capacity, self.execution, backend, board=self._board, token_ids=self._token_ids
         )

@@ -13,7 +13,14 @@ from kvframe.registry import PolicyRecord, Registry
 from kvframe.stages import SLOTS, Slot, Stage
 from kvframe.traits import traits_of
 
-SIZES: dict[str, Any] = {"sink_size": 4, "token_budget": 128, "window_size": 32, "dense_layers": ()}
+SIZES: dict[str, Any] = {
+    "sink_size": 4,
+    "token_budget": 128,
+    "window_size": 32,
+    "dense_layers": (),
+    "end_ids": (1, 4),
+    "filter_layers": (0,),
+}
 """What every policy and stage is given, where it has the option: small, and large enough for units of 80 tokens."""
 
 

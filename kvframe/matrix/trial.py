@@ -10,8 +10,11 @@ from kvframe.composition import Policy
 from kvframe.errors import ConfigError, KvframeError
 from kvframe.matrix.outcome import Outcome, Verdict
 from kvframe.matrix.swaps import Swap
+from kvframe.memory.token_ids import TokenIds
 from kvframe.registry import Registry
 from kvframe.runtime import RetrievalLayer
+from kvframe.testing.cases import LayerBehind
+from kvframe.testing.small import with_dense_layers
 from kvframe.types import Execution, LayerLayout, ModelLayout
 
 TOLERANCE = 1e-9
@@ -62,14 +65,25 @@ def try_swap(swap: Swap, registry: Registry) -> Outcome:
 
 
 def _layer(policy: Policy, execution: Execution, registry: Registry) -> RetrievalLayer:
+    """The second of two layers: the first is dense where the scorer goes by it."""
+    policy = with_dense_layers(policy, ())
     layout = LayerLayout(
-        layer_idx=0, num_layers=1, batch_size=len(PADDING), num_qo_heads=4, num_kv_heads=2, head_dim=16, value_dim=16,
+        layer_idx=1, num_layers=2, batch_size=len(PADDING), num_qo_heads=4, num_kv_heads=2, head_dim=16, value_dim=16,
         dtype=torch.float64, device=torch.device("cpu"), sm_scale=0.25,
     )  # fmt: skip
-    model = ModelLayout(num_layers=1, retrieval_layers=(0,), device=layout.device, dtype=layout.dtype)
+    model = ModelLayout(num_layers=2, retrieval_layers=(0, 1), device=layout.device, dtype=layout.dtype)
     if problems := registry.plugins.check_policy(policy, model):
         raise ConfigError("; ".join(problems))
-    return RetrievalLayer(layout, policy, sum(map(sum, TURNS)), execution)
+    num_tokens = sum(map(sum, TURNS))
+    return LayerBehind(layout, policy, num_tokens, execution, token_ids=_token_ids(num_tokens))
+
+
+def _token_ids(num_tokens: int) -> TokenIds:
+    """Ids that end a sentence now and then."""
+    ids = torch.randint(0, 16, (1, num_tokens), generator=torch.Generator().manual_seed(0)).expand(len(PADDING), -1)
+    tokens = TokenIds(len(PADDING), ids.device)
+    tokens.enter(ids, [0] * len(PADDING), [num_tokens] * len(PADDING))
+    return tokens
 
 
 def _text(layout: LayerLayout) -> _Text:

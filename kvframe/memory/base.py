@@ -62,6 +62,10 @@ class LayerMemory(ABC):
     def finish_prompt(self) -> None:
         """The ledger of every sequence is up to date; show attention just what it says."""
 
+    def begin_decode(self) -> None:  # noqa: B027, not every memory has something on its way
+        """Steps come now. What still is on its way to the host need not be waited for any earlier: the next layer of
+        the prompt computes meanwhile."""
+
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, cut: Tensor | None, finite: Tensor | None) -> LeavingUnits:
         """One token of every sequence enters the ledger and the window; the oldest unit of each head that then lies

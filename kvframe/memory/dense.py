@@ -155,7 +155,8 @@ class DenseMemory(LayerMemory):
 
     def recall(self, rows: Tensor, count: Tensor, due: Tensor, tallies: Tensor) -> None:
         wanted = torch.zeros_like(self.resident)
-        batch, head, entry = (rows >= 0).nonzero(as_tuple=True)
+        # Where nothing is due, a kernel leaves whatever it finds in its memory.
+        batch, head, entry = ((rows >= 0) & due[..., None]).nonzero(as_tuple=True)
         wanted[batch, head, rows[batch, head, entry]] = True
         tallies[SELECTIONS] += due
         tallies[ROWS_SELECTED] += count * due
@@ -220,7 +221,7 @@ class DenseMemory(LayerMemory):
 
     def unattended(self, units: UnitTable) -> Tensor:
         before = torch.nn.functional.pad(self.resident.cumsum(-1), (1, 0))
-        offsets = units.offsets[..., : units.max_units + 1].clamp(0, self.keys.shape[2])
+        offsets = units.offsets[..., : units.max_units + 1].long().clamp(0, self.keys.shape[2])
         inside = before.gather(-1, offsets[..., 1:]) - before.gather(-1, offsets[..., :-1])
         columns = torch.arange(units.max_units, device=offsets.device)
         return (units.sizes - inside).masked_fill(columns >= units.num_units[..., None], 0)

@@ -23,6 +23,11 @@ class UnitIndex:
         }
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
 
+    @property
+    def max_units(self) -> int:
+        """Units there is room for."""
+        return min(tensor.shape[2] for tensor in self.tensors.values()) - 1
+
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
         for name, tensor in self.tensors.items():
@@ -58,6 +63,10 @@ class UnitIndex:
     def view(self, num_units: int) -> dict[str, Tensor]:
         """The first `num_units` columns."""
         return {name: tensor[:, :, :num_units] for name, tensor in self.tensors.items()}
+
+    def addresses(self) -> list[int]:
+        """Where the tensors lie."""
+        return [tensor.data_ptr() for tensor in self.tensors.values()]
 
     def nbytes(self) -> int:
         """Device memory held."""

@@ -29,6 +29,10 @@ class Lane(ABC):
         Neither may be freed or written again before the lane has passed the copy.
         """
 
+    def keep(self, tensor: Tensor) -> None:  # noqa: B027, where memory is not used again at once, nothing is to do
+        """Let a tensor be freed by whoever holds it, and its memory be used again only once this lane has passed what
+        is queued."""
+
     @abstractmethod
     def drain(self) -> None:
         """Make the host wait until all is done."""
@@ -73,6 +77,9 @@ class StreamLane(Lane):
         assert target.is_contiguous() and source.is_contiguous() and target.dtype == source.dtype
         with torch.cuda.stream(self._current()):
             target.copy_(source, non_blocking=True)
+
+    def keep(self, tensor: Tensor) -> None:
+        tensor.record_stream(self._current())
 
     def drain(self) -> None:
         self._current().synchronize()

@@ -38,7 +38,8 @@ class Ledger:
         self.max_size = max_size
         heads = (layout.batch_size, layout.num_kv_heads)
         self.counts = torch.zeros(NUM_COUNTS, *heads, dtype=torch.int64, device=layout.device)
-        self.unit_offsets = torch.zeros(*heads, 2, dtype=torch.int64, device=layout.device)
+        # Half the size of what torch indexes with: there is an offset for each of a long prompt's units.
+        self.unit_offsets = torch.zeros(*heads, 2, dtype=torch.int32, device=layout.device)
         self.unit_offsets[..., 0] = sink_size
         self.is_prompt_unit = torch.zeros(*heads, 1, dtype=torch.bool, device=layout.device)
         self.lengths = [0] * layout.batch_size
@@ -84,7 +85,7 @@ class Ledger:
             return
         self.in_prompt = True
         counts = self.counts
-        self.unit_offsets.scatter_(-1, (counts[CLOSED] + 1)[..., None], counts[LENGTH][..., None])
+        self.unit_offsets.scatter_(-1, (counts[CLOSED] + 1)[..., None], counts[LENGTH][..., None].int())
         counts[CLOSED] += counts[OPEN] > 0
         counts[OPEN].zero_()
         self.open_starts = [max(length, self.sink_size) for length in self.lengths]
@@ -102,7 +103,7 @@ class Ledger:
         columns = first[:, None] + torch.arange(num_units, device=first.device)
         ends = start + units.sizes.cumsum(-1)
         heads = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        self.unit_offsets[batch, heads, columns + 1] = ends
+        self.unit_offsets[batch, heads, columns + 1] = ends.int()
         self.is_prompt_unit[batch, heads, columns] = units.sizes > 0
         self.counts[CLOSED, batch] += units.num_units
         self.counts[UNITS, batch] += units.num_units
@@ -126,6 +127,19 @@ class Ledger:
         counts[OPEN] = max(0, length - block_stop)
         counts[WINDOW] = (length - window_start).clamp(min=0)
 
+    def most_units(self, capacity: int) -> tuple[int, int]:
+        """The most units of a head once every sequence has `capacity` tokens: closed ones, and those of them that have
+        left the window and so need a place in the index. The host waits until it is known how many there are."""
+        most_closed = most_left = 0
+        for closed, length, start in zip(self.closed_at_end(), self.lengths, self.open_starts, strict=True):
+            # Of what is not cut yet, full units first; then nobody closes a unit before it has `min_size` tokens.
+            full = max(0, length - start) // self.max_size
+            cut = start + full * self.max_size
+            most_closed = max(most_closed, closed + full + max(0, capacity - cut) // self.min_size)
+            left = max(0, capacity - self.window_size - cut) // self.min_size
+            most_left = max(most_left, closed + full + left)
+        return most_closed, most_left
+
     def begin_decode(self) -> None:
         """The prompt is over: cut what of it lies in the window into full units; the rest stays open."""
         if not self.in_prompt:
@@ -138,7 +152,7 @@ class Ledger:
             closed = self.counts[CLOSED, batch]
             steps = torch.arange(1, full + 1, device=closed.device)
             heads = torch.arange(closed.shape[0], device=closed.device)[:, None]
-            self.unit_offsets[batch, heads, closed[:, None] + steps] = start + steps * self.max_size
+            self.unit_offsets[batch, heads, closed[:, None] + steps] = (start + steps * self.max_size).int()
             closed += full
             self._most_closed[batch] += full
             self.counts[OPEN, batch] -= full * self.max_size
@@ -146,7 +160,7 @@ class Ledger:
     def close_open(self, batch: int) -> None:
         """The open unit of every head of one sequence ends here, whatever its size."""
         counts = self.counts[:, batch]
-        self.unit_offsets[batch].scatter_(-1, (counts[CLOSED] + 1)[:, None], counts[LENGTH][:, None])
+        self.unit_offsets[batch].scatter_(-1, (counts[CLOSED] + 1)[:, None], counts[LENGTH][:, None].int())
         counts[CLOSED] += counts[OPEN] > 0
         counts[OPEN].zero_()
 
@@ -160,8 +174,12 @@ class Ledger:
         offsets, counts = self.unit_offsets[batch], self.counts[:, batch]
         columns = torch.arange(offsets.shape[1], device=offsets.device)
         # Behind the last closed unit there is no order.
-        bounds = offsets.masked_fill(columns > counts[CLOSED][:, None], torch.iinfo(torch.int64).max)
-        edges = torch.tensor([start, stop], device=offsets.device).expand(offsets.shape[0], 2).contiguous()
+        bounds = offsets.masked_fill(columns > counts[CLOSED][:, None], torch.iinfo(offsets.dtype).max)
+        edges = (
+            torch.tensor([start, stop], dtype=offsets.dtype, device=offsets.device)
+            .expand(offsets.shape[0], 2)
+            .contiguous()
+        )
         first, behind = torch.searchsorted(bounds, edges).unbind(-1)
         more = units.num_units - (behind - first)
         past = columns - first[:, None]  # columns past the first that is replaced
@@ -169,7 +187,7 @@ class Ledger:
         sources = torch.where(past > 0, columns - more[:, None], columns).clamp(0, offsets.shape[1] - 1)
         inside = (past > 0) & (past <= units.num_units[:, None])
         fresh = ends.gather(1, (past - 1).clamp(0, ends.shape[1] - 1))
-        offsets.copy_(torch.where(inside, fresh, offsets.gather(1, sources)))
+        offsets.copy_(torch.where(inside, fresh, offsets.gather(1, sources).long()))
         is_new = (past >= 0) & (past < units.num_units[:, None])
         sources = torch.where(past >= units.num_units[:, None], columns - more[:, None], columns)
         sources = sources.clamp(0, offsets.shape[1] - 1)

@@ -92,6 +92,17 @@ class Link:
         if self._last_sent is not None:
             self._compute.wait(self._last_sent)
 
+    def send_aside(self, on_device: Tensor, on_host: Tensor) -> Any:
+        """Queue a copy of a tensor of any other kind behind what has been sent; returns the mark of its end.
+
+        On the lane that computes, even a few bytes would wait until the copy engine is through with what was sent, and
+        all that computes with them. The tensor may be dropped, but nobody may write to it.
+        """
+        self._outward.wait(self._compute.mark())
+        self._outward.copy(on_host, on_device)
+        self._outward.keep(on_device)
+        return self._outward.mark()
+
     # ---- to the device ----------------------------------------------------------------------------------------------
 
     def fetch(self, parcel: Parcel) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvframe.memory.link import link_of
+
 
 class DeviceReport:
     """Asked for while the device is busy, answered later."""
@@ -20,10 +22,8 @@ class DeviceReport:
             self._asked = (numbers.clone(), None)
             return
         answer = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        answer.copy_(numbers, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        self._asked = (answer, event)
+        # A copy, because nobody may write to what is on its way.
+        self._asked = (answer, link_of(self._device).send_aside(numbers.clone(), answer))
 
     def answer(self) -> list[int]:
         """What they were; the host waits until the device has come that far."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvframe.memory.link import link_of
 from kvframe.memory.pinned import pinned_empty
 from kvframe.types import LayerLayout
 
@@ -21,7 +22,8 @@ class RowPositions:
         positions = (order + start).to(torch.int32)
         if positions.device.type == "cuda":
             on_host = pinned_empty(positions.shape, torch.int32, positions.device)
-            positions = on_host.copy_(positions, non_blocking=True)
+            link_of(positions.device).send_aside(positions.contiguous(), on_host)
+            positions = on_host
         self._blocks.append((batch, start, positions))
 
     def of(self, batch: int, stop: int) -> Tensor:

@@ -115,8 +115,10 @@ class SlotMemory(LayerMemory):
     def _places(self, start: int, stop: int) -> Tensor:
         return self.slots.place(torch.arange(start, stop, device=self._layout.device))
 
-    def finish_prompt(self) -> None:
+    def begin_decode(self) -> None:
         self._store.finish_writes()
+
+    def finish_prompt(self) -> None:
         ledger = self._ledger
         self._show(slice(self.slots.ring_first, None), self._age() < ledger.window[..., None])
         sinks = torch.arange(ledger.sink_size, device=self._layout.device)

@@ -33,7 +33,7 @@ class Survivors:
     def units(self, offsets: Tensor, num_units: int) -> Tensor:
         """bool [B, H, num_units]: units of which something is left; unit u is the rows [offsets[u], offsets[u + 1])."""
         before = torch.nn.functional.pad(self.alive.cumsum(-1), (1, 0))
-        bounds = before.gather(-1, offsets[..., : num_units + 1].clamp(0, self.alive.shape[-1]))
+        bounds = before.gather(-1, offsets[..., : num_units + 1].long().clamp(0, self.alive.shape[-1]))
         return bounds[..., 1:] > bounds[..., :-1]
 
     def among(self, rows: Tensor) -> tuple[Tensor, Tensor]:

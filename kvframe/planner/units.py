@@ -5,7 +5,7 @@ from functools import cached_property
 import torch
 
 from kvframe.composition import Policy
-from kvframe.runtime import output_units
+from kvframe.runtime import units_of_regrouping
 
 _SAMPLE_TOKENS = 8192
 
@@ -40,4 +40,5 @@ class UnitCount:
         # A block that does not end with a unit has one more, which is shorter.
         prompt = self.of_block(in_blocks) + num_blocks
         later = max_new_tokens + policy.window_size + policy.units.max_size
-        return prompt + output_units(policy, later)
+        output = later // min(policy.units.min_size, policy.units.max_size) + 1
+        return prompt + output + units_of_regrouping(policy, later)

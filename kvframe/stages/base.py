@@ -2,7 +2,7 @@
 
 from abc import ABC
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import attrs
 
@@ -31,6 +31,9 @@ class Stage(ABC):
     calibrated: ClassVar[tuple[str, ...]] = ()
     """Options of this stage whose values have to fit the model, and can be found from unlabelled text."""
 
+    needs_token_ids: ClassVar[bool] = False
+    """Whether the stage is to be told the ids of tokens."""
+
     def with_parts(self) -> Iterator["Stage"]:
         """This stage, and those that it is made of."""
         yield self
@@ -38,3 +41,14 @@ class Stage(ABC):
             part = getattr(self, attribute.name)
             if isinstance(part, Stage):
                 yield from part.with_parts()
+
+    def fitted(self, tokenizer: Any) -> Self:
+        """The stage for texts of a Hugging Face tokenizer: itself, or with what it has to know of the vocabulary."""
+        changed: Any = {}
+        for attribute in attrs.fields(type(self)) if attrs.has(type(self)) else ():  # type: ignore[arg-type]
+            part = getattr(self, attribute.name)
+            if isinstance(part, Stage) and (fitted := part.fitted(tokenizer)) is not part:
+                changed[attribute.name] = fitted
+        evolve: Any = attrs.evolve
+        made: Self = evolve(self, **changed) if changed else self
+        return made

@@ -29,10 +29,6 @@ class RegroupedUnits(UnitBuilder):
     """Generated tokens grouped at once, rounded up to a multiple of the longest unit that `units` makes of them."""
 
     @property
-    def needs_token_ids(self) -> bool:
-        return self.units.needs_token_ids
-
-    @property
     def unit_size(self) -> int:
         return self.units.unit_size
 

@@ -78,7 +78,7 @@ class SketchRerank(Selector):
     @staticmethod
     def _unit_of(rows: Tensor, units: UnitTable) -> Tensor:
         """int64 [B, H, C], the unit that a row belongs to."""
-        offsets = units.offsets[..., : units.max_units + 1]
+        offsets = units.offsets[..., : units.max_units + 1].long()
         absent = torch.arange(units.max_units + 1, device=rows.device) > units.num_units[..., None]
         bounds = offsets.masked_fill(absent, torch.iinfo(torch.int64).max)
         return (torch.searchsorted(bounds, rows, right=True) - 1).clamp(0, units.max_units - 1)

@@ -68,7 +68,7 @@ class Scorer(Stage):
         """
 
     def publish(self, query: Tensor, keys: Tensor, lengths: Tensor, layout: LayerLayout, board: Board) -> None:
-        """A dense layer of `sources` generates: enter something under its `layout.layer_idx` into the board.
+        """A dense layer of `sources` generates: enter something under a word and its `layout.layer_idx` into the board.
 
         query: [B, Hq, D]; keys: [B, H, L, D] by position, of which the first `lengths` [B] exist, the new token's
         included.
@@ -83,13 +83,19 @@ class Scorer(Stage):
         Returns named tensors [M, num_units, ...], one entry a unit; the names and trailing shapes are always the same.
         """
 
+    def index_noted(
+        self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int, notes: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The same, where notes of the tokens have been taken: float32 [F, M, T], None for a scorer without."""
+        return self.index(keys, values, unit_ids, num_units)
+
     def extend(self, index: Index, unit: LeavingUnits) -> None:
         """Enter the unit of each head that leaves the window into its column of the index, in place.
 
-        index: tensors [B, H, >= column + 1, ...]. As defined here, `index` summarises the unit of every head, and the
-        column changes where a unit leaves. A scorer may do the same faster.
+        index: tensors [B, H, >= column + 1, ...]. As defined here, `index_noted` summarises the unit of every head, and
+        the column changes where a unit leaves. A scorer may do the same faster.
         """
-        entries = self.index(*unit.rows(), 1)
+        entries = self.index_noted(*unit.rows(), 1, unit.noted())
         batch_size, num_kv_heads = unit.column.shape
         batches = torch.arange(batch_size, device=unit.column.device)[:, None]
         heads = torch.arange(num_kv_heads, device=unit.column.device)

@@ -52,6 +52,19 @@ class Selector(Stage):
         """
 
 
+def best_rows(
+    inputs: StepInputs, scores: Tensor, units: UnitTable, token_budget: int, room: int
+) -> tuple[Tensor, Tensor]:
+    """Units in score order until a budget is filled exactly, the last one cut to fit; and slots left empty.
+
+    Returns rows int64 [B, H, token_budget + room], -1 behind the count int64 [B, H].
+    """
+    from kvframe_kernels.select_units import select_units
+
+    rows, count = select_units(scores, units.offsets, token_budget, due=inputs.due)
+    return torch.nn.functional.pad(rows, (0, room), value=-1) if room else rows, count
+
+
 @frozen(kw_only=True)
 class TopBudget(Selector):
     """Units in score order until the budget is filled exactly; the last unit is cut to fit.
@@ -63,15 +76,19 @@ class TopBudget(Selector):
     capturable: ClassVar[bool] = True
     token_budget: int = field(default=1024, validator=integer(at_least=1))
     """Tokens that every head retrieves, where there are as many; sinks and window come on top."""
+    room: int = field(default=0, validator=integer(at_least=0))
+    """Tokens that leave the window after a selection and are attended all the same, until the next one chooses among
+    them: the first so many."""
 
     @property
     def capacity(self) -> int:
         return self.token_budget
 
-    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
-        from kvframe_kernels.select_units import select_units
+    def capacity_in(self, layout: LayerLayout) -> int:
+        return self.token_budget + self.room
 
-        return select_units(scores, units.offsets, self.token_budget, due=inputs.due)
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+        return best_rows(inputs, scores, units, self.token_budget, self.room)
 
 
 @frozen(kw_only=True)

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import Decision, LayerLayout, StepInputs
+from kvframe.types import Decision, LayerLayout, PromptInputs, StepInputs
 from kvframe.validators import integer
 
 
@@ -21,9 +21,15 @@ class Trigger(Stage):
     attends_in_full: ClassVar[bool] = False
     """Whether decisions may have heads attend to everything, which reads all rows from the store."""
 
+    reads_prompt: ClassVar[bool] = False
+    """Whether `observe_prompt` is to be called."""
+
     @abstractmethod
     def init(self, layout: LayerLayout) -> Any:
         """Running state of one layer."""
+
+    def observe_prompt(self, prompt: PromptInputs, state: Any) -> None:
+        """Tokens of a prompt attend in full: remember what decides later. Called before `begin`."""
 
     @abstractmethod
     def begin(self, query: Tensor, state: Any) -> None:

@@ -24,11 +24,6 @@ class UnitBuilder(Stage):
     slot: ClassVar[Slot] = "units"
 
     @property
-    def needs_token_ids(self) -> bool:
-        """Whether `build_block` and `boundary` are to be told the ids of tokens."""
-        return False
-
-    @property
     @abstractmethod
     def unit_size(self) -> int:
         """Tokens of a usual unit; a budget below it is refused."""
@@ -177,10 +172,6 @@ class DecoupledUnits(UnitBuilder):
 
     def regroup(self, keys: Tensor) -> Units:
         return self.output.regroup(keys)
-
-    @property
-    def needs_token_ids(self) -> bool:
-        return self.prompt.needs_token_ids or self.output.needs_token_ids
 
     def build(self, keys: Tensor) -> Units:
         return self.prompt.build(keys)

@@ -1,5 +1,6 @@
 """What a run of a layer goes through, and what comes out of it: texts, turns, calls, traces."""
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -9,9 +10,11 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from kvframe.composition import Policy
+from kvframe.dense_layer import DenseLayer
 from kvframe.layer import LayerRuntime
+from kvframe.memory.token_ids import TokenIds
 from kvframe.runtime import RetrievalLayer
-from kvframe.types import Execution, LayerLayout, UnitTable
+from kvframe.types import Board, Execution, LayerLayout, UnitTable
 
 # ---- texts --------------------------------------------------------------------------------------------------------
 
@@ -115,6 +118,40 @@ class Call:
     is_prompt: bool
 
 
+class LayerBehind(RetrievalLayer):
+    """A layer behind the dense ones that its scorer goes by; all of them see the same text."""
+
+    def __init__(
+        self, layout: LayerLayout, policy: Policy, capacity: int, execution: Execution, *, token_ids: TokenIds | None
+    ) -> None:
+        board: Board = {}
+        super().__init__(layout, policy, capacity, execution, board=board, token_ids=token_ids)
+        publish = functools.partial(policy.scorer.publish, board=board)
+        self.before = [
+            DenseLayer(evolve(layout, layer_idx=source), capacity, publish) for source in policy.scorer.sources
+        ]
+
+    def prompt(self, query: Tensor, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        for layer in self.before:
+            layer.prompt(query, keys, values, *arguments, **options)
+        return super().prompt(query, keys, values, *arguments, **options)
+
+    def decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        for layer in self.before:
+            layer.decode(query, keys, values)
+        return super().decode(query, keys, values)
+
+    def crop(self, num_tokens: int) -> None:
+        for layer in self.before:
+            layer.crop(num_tokens)
+        super().crop(num_tokens)
+
+    def reset(self) -> None:
+        for layer in self.before:
+            layer.reset()
+        super().reset()
+
+
 @frozen(kw_only=True)
 class Case:
     """What a run goes through: the shape of a layer, the padding of its rows, and turns."""
@@ -150,10 +187,25 @@ class Case:
         """The text of all turns."""
         return make_text(layout, self.num_tokens, self.seed if seed is None else seed, self.padding)
 
+    def token_ids(self) -> TokenIds:
+        """Ids of all tokens; the same at the same position of every row, so that a row alone has those that it has in
+        the batch."""
+        generator = torch.Generator().manual_seed(self.seed)
+        ids = torch.randint(0, 8, (1, self.num_tokens), generator=generator).expand(self.batch_size, -1)
+        tokens = TokenIds(self.batch_size, ids.device)
+        tokens.enter(ids, [0] * self.batch_size, [self.num_tokens] * self.batch_size)
+        return tokens
+
     def layer(self, policy: Policy, execution: Execution, **changes: Any) -> RetrievalLayer:
-        """A fresh layer under a policy."""
+        """A fresh layer under a policy; where its scorer goes by other layers, behind those."""
         capacity = self.num_tokens if self.capacity is None else self.capacity
-        return RetrievalLayer(self.layout(**changes), policy, capacity, execution)
+        layout = self.layout(**changes)
+        ids = self.token_ids() if policy.needs_token_ids else None
+        sources = policy.scorer.sources
+        if not sources:
+            return RetrievalLayer(layout, policy, capacity, execution, token_ids=ids)
+        layout = evolve(layout, layer_idx=sources[-1] + 1, num_layers=sources[-1] + 2)
+        return LayerBehind(layout, policy, capacity, execution, token_ids=ids)
 
     def calls(self) -> Iterator[Call]:
         """The calls of all turns."""

@@ -43,8 +43,15 @@ def _require_tensor(what: str, value: object, shape: tuple[int, ...], dtypes: tu
 def _inputs(case: Case, layout: LayerLayout, step: int = 0) -> StepInputs:
     query = _randn(case, layout.batch_size, layout.num_qo_heads, layout.head_dim + step)[..., step:]
     everywhere = torch.ones(layout.batch_size, layout.num_kv_heads, dtype=torch.bool)
-    token_ids = torch.arange(layout.batch_size)
-    return StepInputs(query=query, layout=layout, due=everywhere, token_ids=token_ids, row_bytes=layout.row_bytes)
+    return StepInputs(
+        query=query,
+        key=_randn(case, layout.batch_size, layout.num_kv_heads, layout.head_dim),
+        layout=layout,
+        due=everywhere,
+        num_tokens=torch.full_like(everywhere, 40, dtype=torch.int64),
+        token_ids=torch.arange(layout.batch_size),
+        row_bytes=layout.row_bytes,
+    )
 
 
 def _check_trigger(trigger: Trigger, case: Case) -> None:
@@ -175,7 +182,7 @@ def _check_scores(scorer: Scorer, case: Case, layout: LayerLayout, index: dict[s
     state = scorer.init(layout)
     scorer.begin(_inputs(case, layout).query, state)
     inputs = _inputs(case, layout)
-    inputs = evolve(inputs, query=scorer.probe(inputs, state))
+    inputs = evolve(inputs, query=scorer.probe(inputs, state), state=state)
     scores = scorer.score(inputs, index, units)
     _require_tensor("score", scores, (*heads, num_units), (torch.float32, torch.float64))
     if scores.isnan().any():

@@ -9,18 +9,29 @@ from kvframe.stages import PageUnits, Stage, TokenUnits, TopBudget
 
 # Values that make a short text go through everything a stage does, by the name of the option.
 SMALL_OPTIONS: dict[str, Any] = {
+    "beta": 3,
     "block_size": 11,
-    "byte_budget": 700,
     "by": PageUnits(page_size=2),
+    "byte_budget": 700,
     "cluster_size": 3,
+    "end_ids": (1, 4),
+    "estimated_share": 0.4,
+    "filter_layers": (0,),
     "group_size": 4,
+    "kernel_size": 3,
+    "local_size": 5,
     "max_segment": 5,
+    "max_sentence": 5,
     "max_tokens": 10,
     "min_segment": 2,
     "num_iterations": 2,
+    "num_keys": 2,
+    "num_queries": 4,
+    "observation_window": 3,
     "output": TokenUnits(),
     "page_size": 3,
     "prompt": PageUnits(page_size=3),
+    "room": 3,
     "selector": TopBudget(token_budget=10),
     "sink_size": 2,
     "stride": 3,
@@ -42,6 +53,14 @@ def small_stages(slot: str) -> list[Stage]:
 
 
 def small_policy(record: PolicyRecord) -> Policy:
-    """A registered policy, small; no layer is dense unless all are."""
-    policy = record.make(**small_options(record.config_cls))
-    return policy if policy.dense_layers == "all" else policy.swap(dense_layers=())
+    """A registered policy, small; no layer is dense unless all are, or the scorer's sources are."""
+    return with_dense_layers(record.make(**small_options(record.config_cls)), ())
+
+
+def with_dense_layers(policy: Policy, layers: tuple[int, ...]) -> Policy:
+    """The policy with these dense layers, and those that its scorer needs; as it is where all layers are dense."""
+    if policy.dense_layers == "all":
+        return policy
+    sources = policy.scorer.sources
+    needed = {*range(sources[0]), *sources} if sources else set()
+    return policy.swap(dense_layers=tuple(sorted(needed.union(layers))))

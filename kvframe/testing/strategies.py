@@ -21,6 +21,7 @@ from kvframe.options import option_names
 from kvframe.registry import PolicyRecord, Registry, StageRecord, default_registry
 from kvframe.stages import SLOTS, MeanKey, Selector, Stage, Trigger
 from kvframe.testing.cases import Case, Turn
+from kvframe.testing.small import with_dense_layers
 from kvframe.types import Decision, LayerLayout, StepInputs
 
 Own = Mapping[str, SearchStrategy[Any]]
@@ -30,19 +31,36 @@ _FEW = st.integers(1, 4)
 
 # By the name of the option. No unit is larger than the smallest budget.
 _OPTIONS: dict[str, SearchStrategy[Any]] = {
+    "alpha": st.sampled_from([0.0, 0.02, 0.1, 1.0]),
+    "beta": _FEW,
     "block_size": st.integers(5, 40),
     "byte_budget": st.integers(40, 2000),
     "cluster_size": _FEW,
     "dense_layers": st.sampled_from([(), (0,), (1,)]),
+    "end_ids": st.sampled_from([(1, 4), (0, 2, 3, 7), (6,)]),
+    "estimated_share": st.sampled_from([0.0, 0.3, 1.0]),
+    "filter_layers": st.sampled_from([(0,), (0, 1)]),
+    "floor": st.sampled_from([0.0, 0.2, 0.7, 1.0]),
     "group_size": st.integers(1, 6),
+    "kernel_size": st.sampled_from([1, 3, 5]),
+    "local_size": st.integers(1, 12),
     "max_segment": st.integers(1, 6),
+    "max_sentence": st.integers(1, 6),
     "max_tokens": st.integers(4, 16),
     "min_segment": _FEW,
+    "mix": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     "num_iterations": st.integers(0, 3),
+    "num_keys": _FEW,
+    "num_queries": st.integers(1, 6),
+    "observation_window": st.integers(1, 8),
     "oversample": st.integers(1, 4),
+    "p": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     "page_size": _FEW,
+    "room": st.integers(0, 6),
     "run_length": st.integers(1, 3),
+    "similarity": st.sampled_from([-0.5, 0.2, 0.5]),
     "sink_size": st.integers(0, 6),
+    "sparsity": st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     "split_factor": st.integers(1, 3),
     "stride": st.integers(1, 5),
     "tau": st.sampled_from([-1.0, 0.0, 0.5, 0.9, 1.5]),
@@ -121,8 +139,7 @@ def variants(
     """A registered policy with small options, and one of these sets of dense layers unless all of its are."""
 
     def make(drawn: dict[str, Any], dense: Any) -> Policy:
-        policy = record.make(**drawn)
-        return policy if policy.dense_layers == "all" else policy.swap(dense_layers=dense)
+        return with_dense_layers(record.make(**drawn), dense)
 
     return st.builds(make, options(record.config_cls, own), st.sampled_from(dense_layers))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvframe.stages import Scorer
 from kvframe.stages.scorer import Index
-from kvframe.types import StepInputs, UnitTable
+from kvframe.types import LeavingUnits, StepInputs, UnitTable
 from kvframe.validators import one_of
 
 
@@ -33,36 +33,39 @@ class BoundingBox(Scorer):
 
     def index(self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> dict[str, Tensor]:
         """The upper corner and behind it the lower one, [M, num_units, 2 D]; zero for a unit without tokens."""
-        low, high = (_extreme(keys, unit_ids, num_units, which) for which in ("amin", "amax"))
+        from kvframe_kernels.unit_index import unit_bounds
+
+        low, high = unit_bounds(keys, unit_ids, num_units)
         if self.box == "mean-deviation":
             centre = (low + high) / 2
             reach = _mean_distance(keys, unit_ids, centre)
             low, high = centre - reach, centre + reach
         return {"box": torch.cat([high, low], -1)}
 
-    def score(self, inputs: StepInputs, index: Index, units: UnitTable) -> Tensor:
-        from kvframe_kernels.unit_scores import unit_scores
+    def extend(self, index: Index, unit: LeavingUnits) -> None:
+        if self.box != "full":
+            return super().extend(index, unit)
+        from kvframe_kernels.unit_index import window_bounds
 
-        # In each channel the upper corner gives the larger product where the query is positive, the lower one
-        # elsewhere. So the bound is a plain product with the two parts of the query side by side.
-        signed = torch.cat([inputs.query.clamp(min=0), inputs.query.clamp(max=0)], -1)
-        return unit_scores(
-            signed,
-            index["box"],
+        high, low = index["box"].chunk(2, -1)
+        window_bounds(
+            low, high, unit.column, unit.leaves, unit.start, unit.size, unit.keys, unit.ring_first, unit.ring_size
+        )
+
+    def score(self, inputs: StepInputs, index: Index, units: UnitTable) -> Tensor:
+        from kvframe_kernels.unit_scores import box_scores
+
+        high, low = index["box"].chunk(2, -1)
+        return box_scores(
+            inputs.query,
+            low,
+            high,
             units.num_units,
             inputs.layout.sm_scale,
             reduction=self.group_reduction,
             softmax=self.softmax,
             due=inputs.due,
         )
-
-
-def _extreme(keys: Tensor, unit_ids: Tensor, num_units: int, which: str) -> Tensor:
-    """Smallest or largest number of each unit in each channel, [M, num_units, D]."""
-    # The last place collects the tokens that belong to no unit.
-    found = keys.new_zeros(keys.shape[0], num_units + 1, keys.shape[-1])
-    place = unit_ids[..., None].expand_as(keys)
-    return found.scatter_reduce(1, place, keys, which, include_self=False)[:, :num_units]
 
 
 def _mean_distance(keys: Tensor, unit_ids: Tensor, centre: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from kvframe.memory.pool import RowPool
 from kvframe.memory.slots import SlotMemory
 from kvframe.registry import default_registry
 from kvframe.runtime import RetrievalLayer
+from kvframe.testing.tape import Tape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -52,6 +53,24 @@ def test_offload_equals_dense(model: LlamaForCausalLM, name: str) -> None:
     assert attended == dense_attended
     assert (tokens == dense_tokens).all()
     torch.testing.assert_close(logits, dense_logits, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", [record.name for record in default_registry().policies()])
+def test_offload_equals_dense_in_float32(model: LlamaForCausalLM, name: str) -> None:
+    """Where `dense` takes the decisions that `offload` took, with every kernel of a step at work."""
+    tape = Tape()
+    policy = tape.wrap(small(name, 16))
+    with kvframe.attach(model, policy, capture=False) as run:
+        tokens, logits = generate(model)
+    offload = [run.cache.attended_positions(layer, row, 1).tolist() for layer in range(3) for row in range(2)]
+    tape.playing = True
+    with kvframe.attach(model, policy, execution="dense") as run:
+        dense_tokens, dense_logits = generate(model)
+    dense = [run.cache.attended_positions(layer, row, 1).tolist() for layer in range(3) for row in range(2)]
+
+    assert not tape.decisions and offload == dense
+    assert (tokens == dense_tokens).all()
+    torch.testing.assert_close(logits, dense_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_host_pool_is_pinned(model: LlamaForCausalLM) -> None:

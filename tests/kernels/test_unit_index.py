@@ -1,4 +1,4 @@
-"""`unit_mean` and `window_mean` against their definitions, in Python floats."""
+"""The summaries of units against their definitions, in Python floats."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvframe_kernels.unit_index import unit_mean, window_mean
+from kvframe_kernels.unit_index import unit_bounds, unit_mean, window_bounds, window_mean
 
 
 @given(
@@ -24,13 +24,16 @@ def test_definition(num_problems: int, num_tokens: int, num_units: int, width: i
     unit_ids = torch.randint(0, num_units + 1, (num_problems, num_tokens), generator=generator).sort(1).values
     rows[unit_ids == num_units] = torch.inf
     mean = unit_mean(rows, unit_ids, num_units)
+    lower, upper = unit_bounds(rows, unit_ids, num_units)
 
-    assert mean.shape == (num_problems, num_units, width)
+    assert mean.shape == lower.shape == upper.shape == (num_problems, num_units, width)
     for problem in range(num_problems):
         for unit in range(num_units):
             members = [rows[problem, t].tolist() for t in range(num_tokens) if unit_ids[problem, t] == unit]
             expected = [math.fsum(column) / len(members) for column in zip(*members, strict=True)] or [0.0] * width
             assert mean[problem, unit].tolist() == pytest.approx(expected, abs=1e-14)
+            assert lower[problem, unit].tolist() == ([min(column) for column in zip(*members)] or [0.0] * width)
+            assert upper[problem, unit].tolist() == ([max(column) for column in zip(*members)] or [0.0] * width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -52,7 +55,7 @@ def test_precision(dtype: torch.dtype):
     seed=st.integers(0, 2**16),
 )
 def test_window_definition(heads: tuple[int, int], num_units: int, width: int, first: int, ring_size: int, seed: int):
-    """The unit that leaves has the mean of its rows in the ring; nothing else is written."""
+    """The unit that leaves has the mean and the bounds of its rows in the ring; nothing else is written."""
     generator = torch.Generator().manual_seed(seed)
     buffer = torch.randn(*heads, 2 * (first + ring_size), width, generator=generator, dtype=torch.float64)[:, :, ::2]
     index = torch.randn(*heads, 2 * num_units, width, generator=generator, dtype=torch.float64)[:, :, ::2]
@@ -69,16 +72,20 @@ def test_window_definition(heads: tuple[int, int], num_units: int, width: int, f
     for b, h, n in torch.cartesian_prod(*map(torch.arange, buffer.shape[:3])).tolist():
         if (b, h, n) not in used:
             buffer[b, h, n] = torch.nan
+    lower, upper = index.clone(), index.clone()
     window_mean(index, columns, leaves, start, size, buffer, first, ring_size)
+    window_bounds(lower, upper, columns, leaves, start, size, buffer, first, ring_size)
 
     for b, h, u in torch.cartesian_prod(*map(torch.arange, index.shape[:3])).tolist():
         if leaves[b, h] and columns[b, h] == u:
             members = [slot for batch, head, slot in used if (batch, head) == (b, h)]
-            columns_of_rows = zip(*(buffer[b, h, slot].tolist() for slot in members), strict=True)
+            columns_of_rows = list(zip(*(buffer[b, h, slot].tolist() for slot in members), strict=True))
             expected = [math.fsum(column) / len(members) for column in columns_of_rows]
             assert index[b, h, u].tolist() == pytest.approx(expected, abs=1e-14)
+            assert lower[b, h, u].tolist() == [min(column) for column in columns_of_rows]
+            assert upper[b, h, u].tolist() == [max(column) for column in columns_of_rows]
         else:
-            assert torch.equal(index[b, h, u], before[b, h, u])
+            assert all(torch.equal(one[b, h, u], before[b, h, u]) for one in (index, lower, upper))
 
 
 def test_window_precision():

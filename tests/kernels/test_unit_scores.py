@@ -1,4 +1,4 @@
-"""`unit_scores` against its definition, in Python floats."""
+"""`unit_scores` and `box_scores` against their definitions, in Python floats."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvframe_kernels.dispatch import KernelError, is_interpreted
-from kvframe_kernels.unit_scores import unit_scores
+from kvframe_kernels.unit_scores import box_scores, unit_scores
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -90,6 +90,53 @@ def test_definition(
             )
             assert scores[batch, head, :count].tolist() == pytest.approx(expected, abs=1e-12)
             assert (scores[batch, head, count:] == -math.inf).all()
+
+
+@given(
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    group_size=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 4, 7]),
+    max_units=st.integers(1, 12),
+    reduction=st.sampled_from(["mean", "max"]),
+    normalised=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_box_definition(
+    heads: tuple[int, int],
+    group_size: int,
+    head_dim: int,
+    max_units: int,
+    reduction: str,
+    normalised: bool,
+    seed: int,
+):
+    """The larger product of every column, summed; then as above. No key inside a box has a larger product."""
+    generator = torch.Generator().manual_seed(seed)
+    batch_size, num_kv_heads = heads
+    query = torch.randn(batch_size, num_kv_heads * group_size, head_dim, generator=generator, dtype=torch.float64)
+    keys = torch.randn(*heads, max_units, 5, head_dim, generator=generator, dtype=torch.float64)
+    lower, upper = keys.amin(3), keys.amax(3)
+    num_units = torch.randint(0, max_units + 1, heads, generator=generator)
+    scores = box_scores(query, lower, upper, num_units, 0.37, reduction=reduction, softmax=normalised)
+
+    assert scores.shape == (*heads, max_units)
+    for batch, head in torch.cartesian_prod(*map(torch.arange, heads)).tolist():
+        count = int(num_units[batch, head])
+        queries = query[batch, head * group_size : (head + 1) * group_size].tolist()
+        boxes = list(zip(lower[batch, head, :count].tolist(), upper[batch, head, :count].tolist()))
+        bounds = [
+            [0.37 * sum(max(q * low, q * up) for q, low, up in zip(one, *box, strict=True)) for box in boxes]
+            for one in queries
+        ]
+        for one, row in zip(queries, bounds, strict=True):
+            for unit, bound in enumerate(row):
+                assert all(0.37 * dot(one, key) <= bound + 1e-12 for key in keys[batch, head, unit].tolist())
+        if normalised and count:
+            bounds = [softmax(row) for row in bounds]
+        columns = list(zip(*bounds, strict=True))
+        expected = [max(column) if reduction == "max" else sum(column) / len(column) for column in columns]
+        assert scores[batch, head, :count].tolist() == pytest.approx(expected, abs=1e-12)
+        assert (scores[batch, head, count:] == -math.inf).all()
 
 
 def test_large_products():

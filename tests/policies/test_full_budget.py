@@ -22,7 +22,8 @@ def fires_at_first(trigger: Trigger) -> bool:
     layout = make_layout()
     query, state = torch.ones(2, 4, 8, dtype=torch.float64), trigger.init(layout)
     trigger.begin(query, state)
-    return bool(trigger.step(StepInputs(query=query, layout=layout), state).due.all())
+    inputs = StepInputs(query=query, layout=layout, token_ids=torch.zeros(2, dtype=torch.int64), board={})
+    return bool(trigger.step(inputs, state).due.all())
 
 
 @pytest.mark.parametrize("execution", ["dense", "offload"])

@@ -26,9 +26,9 @@ def test_every_invariant_has_a_property():
 
 @pytest.mark.parametrize("record", policy_records(), ids=record_id)
 def test_fixed_budgets_promise_everything(record: PolicyRecord):
-    """LouisKV and every other policy that selects by a fixed budget waive nothing."""
+    """LouisKV and every other policy that selects by a fixed budget and keeps the rest waive nothing."""
     policy = small_policy(record)
-    if isinstance(policy.selector, TopBudget):
+    if isinstance(policy.selector, TopBudget) and not policy.transfer.drops:
         assert policy.promises == tuple(Invariant)
 
 

@@ -42,7 +42,12 @@ def test_units_that_do_not_exist(scorer: Scorer):
     entries = scorer.index(keys, values, torch.arange(12).expand(4, -1) // 2, 6)
     index = {name: entry.view(2, 2, *entry.shape[1:]) for name, entry in entries.items()}
     num_units = torch.tensor([[6, 0], [1, 4]])
-    inputs = StepInputs(query=torch.randn(2, 4, 8, generator=generator, dtype=torch.float64), layout=layout)
+    inputs = StepInputs(
+        query=torch.randn(2, 4, 8, generator=generator, dtype=torch.float64),
+        layout=layout,
+        state=scorer.init(layout),
+        notes=torch.rand(scorer.num_notes, 2, 2, 14, generator=generator),
+    )
     units = unit_table(torch.full((2, 2, 6), 2), num_units)
     scores = scorer.score(inputs, index, units)
     absent = torch.arange(6) >= num_units[..., None]

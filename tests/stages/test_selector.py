@@ -12,7 +12,7 @@ from kvframe.testing.cases import make_layout
 from kvframe.testing.small import small_stages
 
 # A selector that goes by the scores does not look at the query.
-INPUTS = StepInputs(query=torch.zeros(2, 4, 8), layout=make_layout())
+INPUTS = StepInputs(query=torch.zeros(2, 6, 8), layout=make_layout(num_kv_heads=3))
 
 
 def random_units(num_units: list[list[int]]) -> tuple[StepInputs, torch.Tensor, UnitTable]:
@@ -34,7 +34,7 @@ def test_every_selector_keeps_its_capacity(selector: Selector):
     inputs, scores, units = random_units(num_units)
     rows, count = selector.select(inputs, scores, units)
 
-    assert rows.shape == (2, 3, selector.capacity) and count.shape == (2, 3)
+    assert rows.shape == (2, 3, selector.capacity_in(inputs.layout)) and count.shape == (2, 3)
     for batch in range(2):
         for head in range(3):
             taken = rows[batch, head, : int(count[batch, head])].tolist()

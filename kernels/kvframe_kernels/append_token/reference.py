@@ -102,7 +102,7 @@ def advance_ledger_reference(
 ) -> None:
     """Close the open unit where that is due or where it is full, then take one token in; in place.
 
-    counts: int64 [NUM_COUNTS, B, H]; unit_offsets: int64 [B, H, max_units + 2], closed unit u is the rows
+    counts: int64 [NUM_COUNTS, B, H]; unit_offsets: int32 or int64 [B, H, max_units + 2], closed unit u is the rows
     [unit_offsets[u], unit_offsets[u + 1]); the last entry takes the proposal behind the last unit there is room for.
     cut: bool [B, H], a boundary before this token; it closes the unit only if that holds `min_size` tokens, otherwise
     the unit goes on growing. None where nothing is due anywhere.
@@ -113,7 +113,7 @@ def advance_ledger_reference(
     if cut is not None:
         close |= cut & (open_size >= min_size)
     # Written everywhere: behind the last closed unit the entry is only a proposal, overwritten by the next step.
-    unit_offsets.scatter_(-1, (closed + 1)[..., None], length[..., None])
+    unit_offsets.scatter_(-1, (closed + 1)[..., None], length[..., None].to(unit_offsets.dtype))
     closed += close
     open_size.masked_fill_(close, 0)
     is_sink = length < sink_size
@@ -133,8 +133,8 @@ def find_leaving_reference(
     Returns (leaves bool, start int64, size int64), [B, H] each; start and size mean something only where `leaves`.
     """
     units = counts[UNITS]
-    start = unit_offsets.gather(-1, units[..., None])[..., 0]
-    end = unit_offsets.gather(-1, (units + 1).clamp(max=unit_offsets.shape[-1] - 1)[..., None])[..., 0]
+    start = unit_offsets.gather(-1, units[..., None])[..., 0].long()
+    end = unit_offsets.gather(-1, (units + 1).clamp(max=unit_offsets.shape[-1] - 1)[..., None])[..., 0].long()
     leaves = (units < counts[CLOSED]) & (end <= (counts[LENGTH] if length is None else length) - window_size)
     return leaves, start, end - start
 

@@ -32,8 +32,8 @@ def _append_token_kernel(
     units = tl.load(counts + 5 * num_heads + head)
     closed = tl.load(counts + 6 * num_heads + head)
     offsets = unit_offsets + head * num_offsets
-    start = tl.load(offsets + tl.minimum(units, num_offsets - 1))
-    end = tl.load(offsets + tl.minimum(units + 1, num_offsets - 1))
+    start = tl.load(offsets + tl.minimum(units, num_offsets - 1)).to(tl.int64)
+    end = tl.load(offsets + tl.minimum(units + 1, num_offsets - 1)).to(tl.int64)
 
     # Close the open unit where that is due or where it is full.
     close = open_size >= max_size

@@ -11,11 +11,11 @@ def unattended_tokens_reference(
 ) -> Tensor:
     """Tokens of each unit that are not resident.
 
-    resident_rows: int64 [B, H, C], -1 for an empty slot; unit_offsets: int64 [B, H, >= max_units + 1], unit u is the
-    rows [unit_offsets[u], unit_offsets[u + 1]); num_units: int64 [B, H], what lies behind it means nothing.
+    resident_rows: int64 [B, H, C], -1 for an empty slot; unit_offsets: int32 or int64 [B, H, >= max_units + 1], unit u
+    is the rows [unit_offsets[u], unit_offsets[u + 1]); num_units: int64 [B, H], what lies behind it means nothing.
     Returns int64 [B, H, max_units], 0 where there is no unit.
     """
-    offsets = unit_offsets[..., : max_units + 1]
+    offsets = unit_offsets[..., : max_units + 1].long()
     columns = torch.arange(max_units + 1, device=offsets.device)
     absent = columns > num_units[..., None]
     # Beyond the last unit every row is smaller than the bound, so that the bounds ascend throughout.

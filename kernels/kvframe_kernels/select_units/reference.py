@@ -18,7 +18,7 @@ def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: i
     """Units in score order until the budget is filled, the last one cut so that it is filled exactly.
 
     scores: [B, H, U], -inf where there is no unit; ties go to the lower unit.
-    unit_offsets: int64 [B, H, >= U + 1]; unit u is the rows [unit_offsets[u], unit_offsets[u + 1]).
+    unit_offsets: int32 or int64 [B, H, >= U + 1]; unit u is the rows [unit_offsets[u], unit_offsets[u + 1]).
     Returns (rows, count): rows int64 [B, H, token_budget], -1 behind the count; count int64 [B, H].
     """
     num_units = scores.shape[-1]
@@ -26,7 +26,7 @@ def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: i
         rows = torch.full((*scores.shape[:2], token_budget), -1, dtype=torch.int64, device=scores.device)
         return rows, rows.new_zeros(scores.shape[:2])
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-    starts = unit_offsets[..., :num_units].gather(-1, order)
+    starts = unit_offsets[..., :num_units].gather(-1, order).long()
     sizes = unit_offsets[..., 1 : num_units + 1].gather(-1, order) - starts
     sizes = sizes.masked_fill(ranked == -torch.inf, 0)
     ends = sizes.cumsum(-1)

@@ -1,4 +1,4 @@
-"""`slot_attention` of one query as two Triton kernels: ranges of slots side by side, then their merge."""
+"""`slot_attention` of one query as one Triton kernel: ranges of slots side by side, which the last to end merges."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -11,24 +11,18 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 _NUM_WARPS, _NUM_STAGES = 4, 3
-
-
-@triton.jit
-def _count_tiles(lengths, batch, num_slots, TILE: tl.constexpr):
-    # Tiles of a sequence that hold a slot; and its slots.
-    length = num_slots
-    if lengths is not None:
-        length = tl.minimum(tl.load(lengths + batch), num_slots).to(tl.int32)
-    return (length + TILE - 1) // TILE, length
+# Numbers of partial results that a program holds in registers when it merges them.
+_MERGE_NUMBERS = 8192
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_splits", "num_kv_heads"])
 def _attend_kernel(
-    query, k_slots, v_slots, bias, lengths, parts, tops, sums, scale,
+    query, k_slots, v_slots, bias, lengths, extra_out, extra_lse, out, lse, parts, tops, sums, arrivals, scale,
     query_batch, query_head, k_batch, k_head, k_slot, v_batch, v_head, v_slot, bias_batch, bias_head,
     num_slots, num_splits, num_kv_heads,
     GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr,
+    COVERED: tl.constexpr, MEMBERS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     # Grid: KV heads of all sequences, splits, blocks of HEADS query heads of a group.
     kv_head = tl.program_id(0).to(tl.int64)
@@ -36,12 +30,16 @@ def _attend_kernel(
     batch = kv_head // num_kv_heads
     head = kv_head % num_kv_heads
     # Splits share the slots that exist, not the buffer: a short sequence in a large buffer occupies all programs too.
-    num_tiles, length = _count_tiles(lengths, batch, num_slots, TILE)
-    tiles_a_split = (num_tiles + num_splits - 1) // num_splits
+    length = num_slots
+    if lengths is not None:
+        length = tl.minimum(tl.load(lengths + batch), num_slots).to(tl.int32)
+    num_tiles = (length + TILE - 1) // TILE
+    tiles_a_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)
+    num_live = tl.maximum((num_tiles + tiles_a_split - 1) // tiles_a_split, 1)
+    if split >= num_live:
+        return
     start = split * tiles_a_split * TILE
     stop = tl.minimum(start + tiles_a_split * TILE, length)
-    if start >= stop:
-        return
 
     members = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     is_member = members < GROUP_SIZE
@@ -94,53 +92,62 @@ def _attend_kernel(
     inside = is_member[:, None] & (values < VALUE)[None, :]
     tl.store(parts + place[:, None] * VALUE + values[None, :], acc, mask=inside)
 
+    # The last to arrive merges, in the order of the splits, so that the result does not depend on who that was.
+    tl.debug_barrier()  # every warp has written its part before one thread says so
+    arrivals += kv_head * tl.num_programs(2) + tl.program_id(2)
+    if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_live - 1:
+        tl.store(arrivals, 0)  # for the next launch
+        for block in tl.static_range(0, COVERED, MEMBERS):
+            first = tl.program_id(2) * HEADS + block
+            if first < GROUP_SIZE:
+                merged = first + tl.arange(0, MEMBERS)
+                _merge(
+                    kv_head * GROUP_SIZE + merged, merged < GROUP_SIZE, parts, tops, sums, extra_out, extra_lse, out,
+                    lse, num_live, num_splits, MEMBERS, VALUE, VALUE_PAD, SPLITS,
+                )  # fmt: skip
 
-@triton.jit(do_not_specialize=["num_slots", "num_splits", "num_qo_heads"])
-def _merge_kernel(
-    parts, tops, sums, lengths, extra_out, extra_lse, out, lse,
-    num_slots, num_splits, num_qo_heads,
-    VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+
+@triton.jit
+def _merge(
+    heads, is_member, parts, tops, sums, extra_out, extra_lse, out, lse, num_live, num_splits,
+    MEMBERS: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    # Grid: query heads of all sequences. Splits without a slot wrote nothing, and are not read.
-    head = tl.program_id(0).to(tl.int64)
-    num_tiles, _ = _count_tiles(lengths, head // num_qo_heads, num_slots, TILE)
-    tiles_a_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)
-    num_live = (num_tiles + tiles_a_split - 1) // tiles_a_split
+    # Query heads [MEMBERS] of all sequences. Parts are read past the first cache, which does not see what others wrote.
     values = tl.arange(0, VALUE_PAD)
-    is_value = values < VALUE
-
-    # Vectors of one number: they are carried through the loop.
-    one = tl.arange(0, 1)
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([VALUE_PAD], tl.float32)
+    inside = is_member[:, None] & (values < VALUE)[None, :]
+    top = tl.full([MEMBERS], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    acc = tl.zeros([MEMBERS, VALUE_PAD], tl.float32)
     if extra_out is not None:
-        top = tl.load(extra_lse + head + one).to(tl.float32) * _LOG2E
+        top = tl.load(extra_lse + heads, mask=is_member, other=float("-inf")).to(tl.float32) * _LOG2E
         is_any = top != float("-inf")
         total = tl.where(is_any, 1.0, 0.0)
-        acc = tl.load(extra_out + head * VALUE + values, mask=is_value & is_any, other=0.0).to(tl.float32)
-
+        extra_out += heads[:, None] * VALUE + values[None, :]
+        acc = tl.load(extra_out, mask=inside & is_any[:, None], other=0.0).to(tl.float32)
     for first in range(0, num_live, SPLITS):
         splits = first + tl.arange(0, SPLITS)
-        is_live = splits < num_live
-        place = head * num_splits + splits
-        part_tops = tl.load(tops + place, mask=is_live, other=float("-inf"))
-        part_sums = tl.load(sums + place, mask=is_live, other=0.0)
-        inside = is_live[:, None] & is_value[None, :]
-        part = tl.load(parts + place[:, None] * VALUE + values[None, :], mask=inside, other=0.0)
-        new_top = tl.maximum(top, tl.max(part_tops, 0))
+        exists = is_member[:, None] & (splits < num_live)[None, :]
+        place = heads[:, None] * num_splits + splits[None, :]
+        part_tops = tl.load(tops + place, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        part_sums = tl.load(sums + place, mask=exists, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            parts + place[:, :, None] * VALUE + values[None, None, :],
+            mask=exists[:, :, None] & (values < VALUE)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(part_tops, 1))
+        # Over nothing but empty slots, -inf less -inf would be NaN.
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(part_tops - finite)
+        weights = tl.exp2(part_tops - finite[:, None])
         shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(weights * part_sums, 0)
-        acc = acc * shrink + tl.sum(weights[:, None] * part, 0)
+        total = total * shrink + tl.sum(weights * part_sums, 1)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * part, 1)
         top = new_top
-
     # Over nothing: out 0, lse -inf.
     divisor = tl.where(total == 0.0, 1.0, total)
-    tl.store(out + head * VALUE + values, (acc / divisor).to(out.dtype.element_ty), mask=is_value)
+    merged = (acc / divisor[:, None]).to(out.dtype.element_ty)
+    tl.store(out + heads[:, None] * VALUE + values[None, :], merged, mask=inside)
     if lse is not None:
-        tl.store(lse + head + one, (top + tl.log2(divisor)) * _LN2)
+        tl.store(lse + heads, (top + tl.log2(divisor)) * _LN2, mask=is_member)
 
 
 def count_splits(num_programs: int, num_slots: int) -> int:
@@ -171,8 +178,9 @@ def slot_attention_triton(
     lengths: Tensor | None,
     extra: tuple[Tensor, Tensor] | None,
     need_lse: bool,
+    arrivals: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in `slot_attention_reference`, for T = 1; empty slots are not read."""
+    """Arguments and result as in `slot_attention`, for T = 1; empty slots are not read."""
     batch_size, num_qo_heads, _, width = query.shape
     num_kv_heads, num_slots, value = v_slots.shape[1:]
     group_size = num_qo_heads // num_kv_heads
@@ -197,20 +205,21 @@ def slot_attention_triton(
     out = query.new_empty(batch_size, num_qo_heads, 1, value)
     lse = query.new_empty(batch_size, num_qo_heads, 1, dtype=torch.float32) if need_lse else None
     extra_out, extra_lse = (None, None) if extra is None else (extra[0].contiguous(), extra[1].contiguous())
+    if arrivals is None:
+        arrivals = torch.zeros(batch_size * num_kv_heads * blocks, dtype=torch.int32, device=query.device)
+    # Heads and splits that are merged together: no more than there are, and no more numbers than registers hold.
+    members = min(heads, triton.next_power_of_2(group_size), max(1, _MERGE_NUMBERS // (2 * value_pad)))
+    splits = min(triton.next_power_of_2(num_splits), max(2, _MERGE_NUMBERS // (members * value_pad)))
     _attend_kernel[(batch_size * num_kv_heads, num_splits, blocks)](
-        query, k_slots, v_slots, bias, lengths, parts, tops, sums, float(sm_scale) * _LOG2E.value,
+        query, k_slots, v_slots, bias, lengths, extra_out, extra_lse, out, lse, parts, tops, sums, arrivals,
+        float(sm_scale) * _LOG2E.value,
         query.stride(0), query.stride(1), k_slots.stride(0), k_slots.stride(1), k_slots.stride(2),
         v_slots.stride(0), v_slots.stride(1), v_slots.stride(2),
         0 if bias is None else bias.stride(0), 0 if bias is None else bias.stride(1),
         num_slots, num_splits, num_kv_heads,
         GROUP_SIZE=group_size, HEADS=heads,
         WIDTH=width, WIDTH_PAD=width_pad, VALUE=value, VALUE_PAD=value_pad, TILE=tile,
+        COVERED=min(heads, group_size), MEMBERS=members, SPLITS=splits,
         num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
-    )  # fmt: skip
-    _merge_kernel[(rows,)](
-        parts, tops, sums, lengths, extra_out, extra_lse, out, lse,
-        num_slots, num_splits, num_qo_heads,
-        VALUE=value, VALUE_PAD=value_pad, TILE=tile, SPLITS=min(32, triton.next_power_of_2(num_splits)),
-        num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe_kernels.dispatch import KernelError, is_interpreted
-from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
+from kvframe_kernels.slot_attention import make_arrivals, slot_attention, slot_attention_reference
 
 # tl.dot of bfloat16 returns garbage in the interpreter.
 DTYPES = [torch.float16, torch.float32] + ([] if is_interpreted() else [torch.bfloat16])
@@ -91,8 +91,11 @@ def check(device: torch.device, case: Case, dtype: torch.dtype, *, token_major: 
     with guarded(device) as guard:
         x = on_device(case, guard, dtype, token_major=token_major)
         args = (x.query, x.k_slots, x.v_slots, x.bias, scale)
-        out, lse = slot_attention(*args, lengths=x.lengths, extra=x.extra, need_lse=True, backend="triton")
-        again, nothing = slot_attention(*args, lengths=x.lengths, extra=x.extra, backend="triton")
+        arrivals = guard.copy(make_arrivals(*x.query.shape[:2], device))
+        options = {"lengths": x.lengths, "extra": x.extra, "arrivals": arrivals, "backend": "triton"}
+        out, lse = slot_attention(*args, **options, need_lse=True)
+        again, nothing = slot_attention(*args, **options)
+        assert not arrivals.any()
 
     assert lse is not None and lse.dtype == torch.float32 and out.dtype == dtype
     assert torch.equal(out, again) and (nothing is None) == (x.extra is None)
@@ -189,10 +192,12 @@ def test_in_a_graph(device: torch.device) -> None:
     query = torch.randn(2, 16, 1, 128, device=device, dtype=torch.float16)
     slots = torch.randn(2, 2, 4, 4096, 128, device=device, dtype=torch.float16)
     bias = torch.randn(2, 4, 4096, device=device, dtype=torch.float16)
-    limit = torch.full((2,), 64, device=device)
+    limit, arrivals = torch.full((2,), 64, device=device), make_arrivals(2, 16, device)
 
     def attend() -> tuple[Tensor, Tensor | None]:
-        return slot_attention(query, *slots, bias, 0.09, lengths=limit, need_lse=True, backend="triton")
+        return slot_attention(
+            query, *slots, bias, 0.09, lengths=limit, need_lse=True, arrivals=arrivals, backend="triton"
+        )
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

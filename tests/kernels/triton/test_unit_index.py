@@ -1,4 +1,4 @@
-"""The kernels of `unit_mean` and `window_mean` against their references."""
+"""The kernels of the units' summaries against their references."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe_kernels.dispatch import KernelError
-from kvframe_kernels.unit_index import unit_mean, window_mean
+from kvframe_kernels.unit_index import unit_bounds, unit_mean, window_bounds, window_mean
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # Of numbers near one, a step between neighbours.
@@ -38,7 +38,9 @@ def test_unit_mean(
     rows, unit_ids = rows.to(device), unit_ids.to(device)
     mean = unit_mean(rows, unit_ids, num_units, backend="triton")
     expected = unit_mean(rows, unit_ids, num_units, backend="reference")
+    bounds = unit_bounds(rows, unit_ids, num_units, backend="triton")
 
+    torch.testing.assert_close(bounds, unit_bounds(rows, unit_ids, num_units, backend="reference"), rtol=0, atol=0)
     assert mean.shape == (num_problems, num_units, width) and mean.dtype == dtype
     torch.testing.assert_close(mean, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
@@ -56,6 +58,8 @@ def test_unit_mean_at_size(device: torch.device, dtype: torch.dtype) -> None:
         mean, unit_mean(rows, unit_ids, 3000, backend="reference"), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
     assert torch.equal(mean, unit_mean(rows, unit_ids, 3000, backend="triton"))
+    bounds = unit_bounds(rows, unit_ids, 3000)
+    torch.testing.assert_close(bounds, unit_bounds(rows, unit_ids, 3000, backend="reference"), rtol=0, atol=0)
 
 
 @settings(max_examples=20)
@@ -81,10 +85,15 @@ def test_window_mean(
     with guarded(device) as guard:
         whole = guard.poisoned(*heads, num_units, 2, width, dtype=dtype)
         window_mean(whole[..., 1, :], *arguments, first, ring_size, backend="triton")
+        bounds = guard.poisoned(*heads, num_units, 2, width, dtype=dtype)
+        window_bounds(*bounds.unbind(-2), *arguments, first, ring_size, backend="triton")
+    expected_bounds = torch.full_like(bounds, torch.nan)
+    window_bounds(*expected_bounds.unbind(-2), *arguments, first, ring_size, backend="reference")
     expected = torch.full_like(whole, torch.nan)
     window_mean(expected[..., 1, :], *arguments, first, ring_size, backend="reference")
 
     torch.testing.assert_close(whole, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+    torch.testing.assert_close(bounds, expected_bounds, rtol=0, atol=0, equal_nan=True)
     written = whole[..., 1, 0].isfinite().sum(-1).cpu()
     assert torch.equal(written, (leaves & (columns >= 0) & (columns < num_units)).long())
 
@@ -98,3 +107,7 @@ def test_what_is_not_served(device: torch.device, dtype: torch.dtype, width: int
         unit_mean(rows[0], one.expand(1, 4), 2, backend="triton")
     with pytest.raises(KernelError, match="kernels serve"):
         window_mean(rows, one, one.bool(), one, one, rows, 0, 4, backend="triton")
+    with pytest.raises(KernelError, match="kernels serve"):
+        unit_bounds(rows[0], one.expand(1, 4), 2, backend="triton")
+    with pytest.raises(KernelError, match="kernels serve"):
+        window_bounds(rows, rows, one, one.bool(), one, one, rows, 0, 4, backend="triton")

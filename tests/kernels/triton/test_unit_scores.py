@@ -1,4 +1,4 @@
-"""The kernels of `unit_scores` against its reference."""
+"""The kernels of `unit_scores` and `box_scores` against their references."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvframe_kernels.dispatch import KernelError, is_interpreted
-from kvframe_kernels.unit_scores import unit_scores, unit_scores_reference
+from kvframe_kernels.unit_scores import box_scores, box_scores_reference, unit_scores, unit_scores_reference
 
 # tl.dot of bfloat16 returns garbage in the interpreter.
 DTYPES = [torch.float16, torch.float32] + ([] if is_interpreted() else [torch.bfloat16])
@@ -96,6 +96,77 @@ def test_at_scale(
     check(device, 1, dtypes, *shape, *options)
 
 
+def check_boxes(
+    device: torch.device, seed: int, dtypes: tuple[torch.dtype, torch.dtype], batch_size: int, num_kv_heads: int,
+    group_size: int, max_units: int, width: int, reduction: str, softmax: bool, skipped: bool, apart: bool,
+) -> None:  # fmt: skip
+    """As `check`, for boxes; with `apart` the two bounds lie in one buffer, otherwise in two."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (batch_size, num_kv_heads)
+    query = torch.randn(batch_size, num_kv_heads * group_size, width, generator=generator).to(dtypes[0])
+    keys = torch.randn(*heads, max_units, 2, width, generator=generator).to(dtypes[1])
+    lower, upper = keys.amin(3), keys.amax(3)
+    num_units = torch.randint(0, max_units + 1, heads, generator=generator)
+    num_units[0, 0] = max_units
+    due = torch.rand(heads, generator=generator) < 0.6 if skipped else None
+    scale, options = 1 / math.sqrt(width), {"reduction": reduction, "softmax": softmax}
+    expected = box_scores_reference(query.double(), lower.double(), upper.double(), num_units, scale, **options)
+
+    hidden = torch.arange(max_units) >= num_units[..., None]
+    if due is not None:
+        hidden = hidden | ~due[..., None]
+    with guarded(device) as guard:
+        boxes = torch.stack([lower, upper]).masked_fill(hidden[None, ..., None], math.nan)
+        if apart:
+            low, up = guard.copy(boxes[0]), guard.copy(boxes[1])
+        else:
+            low, up = guard.copy(boxes.permute(1, 2, 3, 0, 4)).unbind(3)
+        scores = box_scores(
+            guard.copy(query), low, up, guard.copy(num_units), scale, **options,
+            due=None if due is None else guard.copy(due), backend="triton",
+        )  # fmt: skip
+
+    assert scores.dtype == torch.float32 and scores.shape == expected.shape
+    scores, expected = scores.cpu().double(), expected.double()
+    if due is not None:
+        scores, expected = scores[due], expected[due]
+    torch.testing.assert_close(scores, expected, atol=2e-6 if softmax else 2e-5, rtol=1e-4)
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**16),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    batch_size=st.integers(1, 2), num_kv_heads=st.integers(1, 3), group_size=st.integers(1, 5) | st.just(17),
+    max_units=st.sampled_from([1, 31, 64, 129, 300]), width=st.sampled_from([16, 80, 128]),
+    reduction=st.sampled_from(["mean", "max"]), softmax=st.booleans(), skipped=st.booleans(), apart=st.booleans(),
+)  # fmt: skip
+@example(0, (torch.float16, torch.float16), 1, 1, 33, 600, 128, "max", False, True, False)
+@example(0, (torch.float16, torch.float16), 2, 1, 2, 1500, 16, "mean", False, False, True)
+def test_boxes_equal_reference(
+    device: torch.device, seed: int, dtypes: tuple[torch.dtype, torch.dtype], batch_size: int, num_kv_heads: int,
+    group_size: int, max_units: int, width: int, reduction: str, softmax: bool, skipped: bool, apart: bool,
+) -> None:  # fmt: skip
+    """At awkward sizes; neither what lies behind the units nor a head that is not due is read."""
+    check_boxes(
+        device, seed, dtypes, batch_size, num_kv_heads, group_size, max_units, width, reduction, softmax, skipped, apart
+    )
+
+
+@pytest.mark.skipif(is_interpreted(), reason="too large for the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8, 4, 8192, 128), (4, 8, 4, 5001, 128), (1, 1, 71, 3000, 256)])
+@pytest.mark.parametrize(
+    "options", [("mean", False, True, True), ("max", False, False, False), ("mean", True, True, True)]
+)
+def test_boxes_at_scale(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int],
+    options: tuple[str, bool, bool, bool],
+) -> None:  # fmt: skip
+    """At the sizes of real layers."""
+    check_boxes(device, 1, (dtype, dtype), *shape, *options)
+
+
 def test_many_tiles(device: torch.device) -> None:
     """More tiles than the second kernel merges at a time."""
     generator = torch.Generator().manual_seed(0)
@@ -152,3 +223,13 @@ def test_in_a_graph(device: torch.device) -> None:
 
     assert (scores[~due] == 7).all()
     torch.testing.assert_close(scores[due], expected[due], atol=1e-6, rtol=1e-4)
+
+
+def test_boxes_not_served(device: torch.device) -> None:
+    """Bounds of two dtypes, or of numbers that lie apart."""
+    query, bounds = torch.randn(1, 2, 16, device=device), torch.randn(1, 1, 4, 16, device=device)
+    num_units = torch.tensor([[4]], device=device)
+    with pytest.raises(KernelError, match="bounds of one dtype"):
+        box_scores(query, bounds, bounds.half(), num_units, 1.0, backend="triton")
+    with pytest.raises(KernelError, match="side by side"):
+        box_scores(query, bounds.mT.contiguous().mT, bounds, num_units, 1.0, backend="triton")

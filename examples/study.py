@@ -1,0 +1,34 @@
+"""A small study: what each stage of LouisKV is worth on SmolLM2, one exchanged at a time.
+
+    kvframe ablate examples/study.py
+
+Needles and a verbatim copy, at two budgets; some minutes on two cores. Break it off whenever you like: the same command
+goes on where it stopped. Results and report lie beside this file, unless --results and --report say where.
+"""
+
+import kvframe
+import kvframe.eval
+from kvframe.models import fetch_smollm2
+
+study = kvframe.eval.Study(
+    title="LouisKV on SmolLM2, one stage at a time",
+    model=fetch_smollm2(),
+    dtype="float32",
+    tasks=[
+        kvframe.eval.task("niah_multiquery", num_needles=3),
+        kvframe.eval.task("copy", copy_tokens=32),
+    ],
+    base=kvframe.policy("louiskv", sink_size=16, window_size=64),
+    vary={
+        "trigger": [kvframe.EveryStep(), kvframe.FixedStride(stride=8)],
+        "units": [kvframe.PageUnits(), ("units: clusters of 8", kvframe.ClusterUnits(cluster_size=8))],
+        "scorer": [("scorer: max over the group", kvframe.MeanKey(group_reduction="max"))],
+    },
+    policies=[
+        kvframe.policy("oracle_topk", sink_size=16, window_size=64),
+        kvframe.policy("window", sink_size=16, window_size=128),
+    ],
+    token_budget=[48, 192],
+    context=1024,
+    seeds=range(2),
+)

@@ -1,0 +1,186 @@
+"""Many policies beside each other at equal totals: how far each is from full attention, at several budgets.
+
+Two tasks: needles in prose, and a verbatim copy. Twice: with every policy selecting anew at every step, which compares
+what is selected, and with each policy's own trigger, which adds when.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+from attrs import frozen
+
+from kvframe.composition import Policy
+from kvframe.errors import KvframeError
+from kvframe.eval.fidelity import compare_logits, in_answers, passed
+from kvframe.eval.forced import check_length, full_logits, run_forced
+from kvframe.eval.tasks import Sample, Task
+from kvframe.eval.text import Haystack
+from kvframe.options import option_names
+from kvframe.registry import Registry, default_registry
+from kvframe.stages import EveryStep, Never
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+POLICIES = (
+    "oracle_topk",
+    "louiskv",
+    "clusterkv",
+    "retroinfer",
+    "quest",
+    "arkvale",
+    "h2o",
+    "snapkv",
+    "window",
+)
+"""What is compared if nobody says otherwise, of these what is installed."""
+
+TriggerMode = Literal["every-step", "own"]
+
+
+@frozen(kw_only=True)
+class Setting:
+    """What all policies share."""
+
+    budgets: tuple[int, ...] = (128, 256, 512, 1024)
+    """Retrieved tokens of a head; sinks and window come on top."""
+    sink_size: int = 32
+    window_size: int = 128
+    dense_layers: tuple[int, ...] = (0, 1)
+    triggers: tuple[TriggerMode, ...] = ("every-step", "own")
+
+
+@frozen(kw_only=True)
+class Row:
+    """The figures of one policy on one task; the means run over steps."""
+
+    task: str = ""
+    policy: str = ""
+    token_budget: int = 0
+    trigger: TriggerMode = "own"
+    kl: float | None = None
+    """KL(full attention || policy) over the tokens of the answers, in nats."""
+    kl_all: float | None = None
+    """The same over every token of the continuation."""
+    top1_agreement: float | None = None
+    """Share of the answers' tokens for which both predict the same token."""
+    score: float | None = None
+    """Share of answers that are right."""
+    score_full: float | None = None
+    """The same under full attention."""
+    retrieval_rate: float | None = None
+    """Share of steps and heads that selected anew."""
+    attended_total: float | None = None
+    """Tokens that a head attended to."""
+    bytes_per_token: float | None = None
+    """Bytes from host to device a step."""
+    num_steps: int = 0
+    refused: str | None = None
+    """Why there are no figures."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return attrs.asdict(self)
+
+
+def installed(names: Sequence[str], registry: Registry | None = None) -> tuple[list[str], list[str]]:
+    """Of these names of policies, those that there are, and those that there are not."""
+    known = [record.name for record in (registry or default_registry()).policies()]
+    return [name for name in names if name in known], [name for name in names if name not in known]
+
+
+def contender(
+    name: str, token_budget: int, trigger: TriggerMode, setting: Setting, registry: Registry | None = None
+) -> Policy:
+    """A policy with the setting's sizes and so many retrieved tokens.
+
+    A policy without a budget gets it as recent tokens, so that the totals are equal.
+
+    Raises UnknownNameError for a name that is none, ConfigError for sizes that do not fit.
+    """
+    record = (registry or default_registry()).policy_spec(name)
+    known = option_names(record.config_cls)
+    has_budget = "token_budget" in known
+    sizes = {
+        "token_budget": token_budget,
+        "sink_size": setting.sink_size,
+        "window_size": setting.window_size + (0 if has_budget else token_budget),
+        "dense_layers": setting.dense_layers,
+    }
+    policy = record.make(**{key: value for key, value in sizes.items() if key in known})
+    if trigger == "every-step" and policy.selector.capacity and not isinstance(policy.trigger, Never):
+        policy = policy.swap(trigger=EveryStep())
+    return policy
+
+
+def compare(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    tasks: Sequence[Task],
+    policies: Sequence[str],
+    setting: Setting,
+    context: int,
+    seed: int,
+    haystack: Haystack,
+    registry: Registry | None = None,
+) -> Iterator[Row]:
+    """Figures of every policy at every budget, each as soon as it is there; a policy that cannot run has its reason.
+
+    context: tokens of the whole text of a task, prompt and continuation.
+
+    Raises UnknownNameError for a policy that there is not, ConfigError for a task that does not fit the context or the
+    model, before anything runs.
+    """
+    check_length(model.config, context, "the context")
+    for name in policies:
+        (registry or default_registry()).policy_spec(name)
+    samples = [(task, task.make(tokenizer, context, seed, haystack)) for task in tasks]
+    return _rows(model, samples, policies, setting, registry)
+
+
+def _rows(
+    model: "PreTrainedModel",
+    samples: Sequence[tuple[Task, Sample]],
+    policies: Sequence[str],
+    setting: Setting,
+    registry: Registry | None,
+) -> Iterator[Row]:
+    for task, sample in samples:
+        full = full_logits(model, sample)
+        done: dict[Policy, Row] = {}
+        for trigger, token_budget, name in product(setting.triggers, setting.budgets, policies):
+            place: dict[str, Any] = {"task": task.name, "trigger": trigger, "token_budget": token_budget}
+            try:
+                policy = contender(name, token_budget, trigger, setting, registry)
+                if policy not in done:
+                    done[policy] = _figures(model, policy, sample, full, registry)
+                yield attrs.evolve(done[policy], **place, policy=name)
+            except KvframeError as error:
+                yield Row(**place, policy=name, refused=str(error))
+
+
+def _figures(
+    model: "PreTrainedModel", policy: Policy, sample: Sample, full: "Tensor", registry: Registry | None
+) -> Row:
+    run = run_forced(model, policy, sample, registry=registry)
+    report, fidelity = run.report(), compare_logits(full, run.logits, sample.targets)
+    answers = in_answers(sample.num_steps, sample.answers)
+    return Row(
+        kl=float(fidelity.kl[answers].mean()),
+        kl_all=float(fidelity.kl.mean()),
+        top1_agreement=float(fidelity.agrees[answers].double().mean()),
+        score=_share(passed(fidelity.correct, sample.answers)),
+        score_full=_share(passed(fidelity.correct_full, sample.answers)),
+        retrieval_rate=report.retrieval_rate,
+        attended_total=report.attended_total,
+        bytes_per_token=report.bytes_to_device_per_step,
+        num_steps=sample.num_steps,
+    )
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)

@@ -1,0 +1,100 @@
+"""The figures of a comparison as tables: policies down, budgets across."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from kvframe.eval.compare import Row
+
+_TRIGGERS = {
+    "every-step": "every policy selects anew at every step",
+    "own": "every policy by its own trigger",
+}
+
+
+@frozen(kw_only=True)
+class Grid:
+    """One table."""
+
+    title: str
+    headings: list[str]
+    lines: list[list[str]]
+
+
+def grids(rows: Sequence[Row]) -> Iterator[Grid]:
+    """KL of every policy at every budget, a table for each task and trigger; with a trigger of its own, how often it
+    selects stands in brackets."""
+    for task, trigger in dict.fromkeys((row.task, row.trigger) for row in rows):
+        own = [row for row in rows if (row.task, row.trigger) == (task, trigger)]
+        budgets = list(dict.fromkeys(row.token_budget for row in own))
+        cells = {(row.policy, row.token_budget): _cell(row) for row in own}
+        lines = [
+            [policy, *(cells.get((policy, budget), "") for budget in budgets)]
+            for policy in dict.fromkeys(row.policy for row in own)
+        ]
+        yield Grid(
+            title=f"KL to full attention, {task}, {_TRIGGERS[trigger]}",
+            headings=["policy", *(f"{budget} retrieved" for budget in budgets)],
+            lines=lines,
+        )
+
+
+def _cell(row: Row) -> str:
+    if row.kl is None:
+        return "refused"
+    shown = f"{row.kl:.3f}"
+    return shown if row.trigger == "every-step" else f"{shown} ({row.retrieval_rate:.0%})"
+
+
+def markdown_page(rows: Sequence[Row], found: dict[str, Any]) -> str:
+    """A page of the docs: conditions, the tables, and every figure.
+
+    found: the environment, the conditions, and the names of policies that are not installed.
+    """
+    parts = ["# Policies at equal totals\n"]
+    parts.append(
+        "Made by `kvframe compare`. KL(full attention || policy) in nats, mean over the tokens of the answers; in "
+        "brackets the share of steps and heads that selected anew.\n"
+    )
+    for name in ("conditions", "environment"):
+        parts.append(
+            f"{name.capitalize()}: "
+            + ", ".join(f"{key} {value}" for key, value in found[name].items() if value is not None)
+            + ".\n"
+        )
+    if found["not_installed"]:
+        parts.append(f"Not installed, and left out: {', '.join(found['not_installed'])}.\n")
+    for grid in grids(rows):
+        parts.append(f"## {grid.title}\n")
+        parts.append(_table(grid.headings, grid.lines))
+    parts.append("## Every figure\n")
+    parts.append(_table(list(_COLUMNS), _everything(rows)))
+    refused = dict.fromkeys((row.policy, row.trigger, row.refused) for row in rows if row.refused)
+    parts += [f"- `{policy}`, {_TRIGGERS[trigger]}: {reason}" for policy, trigger, reason in refused]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "task": lambda row: row.task,
+    "trigger": lambda row: row.trigger,
+    "retrieved": lambda row: str(row.token_budget),
+    "policy": lambda row: row.policy,
+    "KL": lambda row: f"{row.kl:.4f}",
+    "KL, all tokens": lambda row: f"{row.kl_all:.4f}",
+    "top-1": lambda row: f"{row.top1_agreement:.1%}",
+    "score": lambda row: f"{row.score:.0%}",
+    "full": lambda row: f"{row.score_full:.0%}",
+    "attended": lambda row: f"{row.attended_total:.0f}",
+    "selects": lambda row: f"{row.retrieval_rate:.1%}",
+    "bytes/token": lambda row: f"{row.bytes_per_token:,.0f}",
+}
+
+
+def _everything(rows: Sequence[Row]) -> list[list[str]]:
+    return [[form(row) for form in _COLUMNS.values()] for row in rows if row.kl is not None]
+
+
+def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    marks = ["---", *("---:" for _ in headings[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, marks, *lines)) + "\n"

@@ -1,0 +1,83 @@
+"""As many tokens as the query needs: the fewest that hold a share of the attention."""
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from attrs import field, frozen
+from torch import Tensor
+
+from kvframe.sketch import decode_sketch, encode_sketch
+from kvframe.stages import Selector
+from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.validators import one_of, part, share
+
+_OWN = "top-p "  # the other selector may keep something of the same name
+
+
+@frozen(kw_only=True)
+class TopP(Selector):
+    """Of another selector's rows the fewest that hold the share `p` of the attention: Twilight (2025, arXiv
+    2502.02770).
+
+    Weights come from keys in a few bits, kept on the device: softmax over the candidates for every query head, then the
+    mean over the heads of a group. A head takes candidates in the order of their weights until they add up to at least
+    p, and one at least.
+    """
+
+    name: ClassVar[str] = "top-p"
+    capturable: ClassVar[bool] = True
+    waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.EXACT_BUDGET})
+    selector: Selector = field(validator=part(Selector))
+    """Says what the candidates are; generously."""
+    p: float = field(default=0.85, validator=share)
+    """Share of the candidates' attention that is taken."""
+    bits: Literal[2, 4, 8] = field(default=4, validator=one_of(2, 4, 8))
+    """Of a number in the copy of the keys that candidates are weighed by."""
+
+    @property
+    def capacity(self) -> int:
+        return self.selector.capacity
+
+    @property
+    def estimates(self) -> bool:  # type: ignore[override]
+        return self.selector.estimates
+
+    @property
+    def needs_means(self) -> bool:
+        return self.selector.needs_means
+
+    def capacity_in(self, layout: LayerLayout) -> int:
+        return self.selector.capacity_in(layout)
+
+    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+        sketch = {_OWN + name: entry for name, entry in encode_sketch(keys, self.bits).items()}
+        return {**self.selector.row_index(keys, values, centres), **sketch}
+
+    def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection:
+        made = self.selector.select(inputs, scores, units)
+        made = made if isinstance(made, Selection) else Selection(*made)
+        rows, count = made.rows, made.count
+        places = torch.arange(rows.shape[-1], device=rows.device)
+        weights = self._weights(inputs, rows, places < count[..., None], units)
+        # Equal weights go to the lower row, whatever the order in which candidates come.
+        order = torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).argsort(dim=-1, stable=True)
+        order = order.gather(-1, weights.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+        ranked = weights.gather(-1, order)
+        # A candidate is needed while those before it do not reach p.
+        needed = ((ranked.cumsum(-1) - ranked < self.p) & (ranked > 0)).sum(-1)
+        taken = torch.minimum(needed.clamp(min=1), count)
+        return Selection(rows.gather(-1, order).masked_fill(places >= taken[..., None], -1), taken, made.estimated)
+
+    def _weights(self, inputs: StepInputs, rows: Tensor, exists: Tensor, units: UnitTable) -> Tensor:
+        """Share of each candidate in the attention to all of them, [B, H, C]; -1 for none."""
+        layout = inputs.layout
+        place = torch.where(exists, rows, 0)[..., None]
+        codes, step = (
+            kept.gather(2, place.expand(*rows.shape, kept.shape[-1]))
+            for kept in (units.row_index[_OWN + "codes"], units.row_index[_OWN + "step"])
+        )
+        keys = decode_sketch(codes, step, self.bits, layout.head_dim)
+        query = inputs.query.to(keys.dtype).view(*rows.shape[:2], -1, layout.head_dim) * layout.sm_scale
+        products = torch.matmul(query, keys.transpose(2, 3)).masked_fill(~exists[:, :, None], -math.inf)
+        return products.softmax(-1).mean(2).nan_to_num(0.0).masked_fill(~exists, -1.0)

@@ -1,0 +1,59 @@
+"""`kvframe compare` on a tiny random model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.words import TEXT
+from typer.testing import Result
+
+from kvframe.eval.compare import POLICIES
+
+Run = Callable[..., Result]
+RunJson = Callable[..., Any]
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def call(tiny_model: Path, tmp_path: Path) -> tuple[object, ...]:
+    """The command on a few thousand words of text."""
+    words = TEXT.split()
+    text = "\n\n".join(" ".join(words[i % 20 :] + words[: i % 20]) for i in range(60))
+    (tmp_path / "words.txt").write_text(text)
+    sizes = ("--context", 600, "--needles", 2, "--copy-tokens", 10, "--sinks", 8, "--window", 16)
+    return ("compare", "--model", tiny_model, "--text", tmp_path / "words.txt", *sizes)
+
+
+def test_each_figure_is_kept(call: tuple[object, ...], run: Run, tmp_path: Path) -> None:
+    """As a line of text, as a line of JSON, and in the tables."""
+    figures, page = tmp_path / "figures.jsonl", tmp_path / "page.md"
+    result = run(*call, "--policies", "oracle_topk,window", "--budgets", "64", "--output", figures, "--markdown", page)
+    lines = [json.loads(line) for line in figures.read_text().splitlines()]
+    shown = [line for line in result.stdout.splitlines() if " KL " in line]
+
+    assert len(lines) == 2 * 2 * 2 == len(shown)
+    for line, text in zip(lines, shown):
+        assert line["haystack"] == "words.txt" and line["context"] == 600
+        assert text.split()[:4] == [line["task"], line["trigger"], "64", line["policy"]]
+        assert f"KL {line['kl']:.4f} " in text
+        assert f"| {line['policy']} | {line['kl']:.4f} |" in page.read_text()
+
+
+def test_json(call: tuple[object, ...], run_json: RunJson) -> None:
+    """One object, with what it was made under; competitors that are not installed are named."""
+    found = run_json(*call, "--budgets", "64", "--tasks", "copy", "--triggers", "own")
+
+    assert {row["policy"] for row in found["rows"]} | set(found["not_installed"]) == set(POLICIES)
+    assert found["conditions"]["copy_tokens"] == 10 and found["environment"]["torch"]
+
+
+def test_what_goes_wrong(call: tuple[object, ...], fails: Fails, tmp_path: Path) -> None:
+    """One line each, before anything has run."""
+    assert "--budgets must be whole numbers separated by commas, got 'many'" in fails(*call, "--budgets", "many")
+    assert "--triggers must be one of every-step, own; got 'mine'" in fails(*call, "--triggers", "mine")
+    assert "there is no directory" in fails(*call, "--output", tmp_path / "no" / "file")
+    assert "no policy named 'louskv'; did you mean 'louiskv'" in fails(*call, "--policies", "louskv")
+    assert "the context has 9000 tokens, the model reads at most 2048" in fails(*call, "--context", 9000)
+    assert "needs a context of at least" in fails(*call, "--context", 30)

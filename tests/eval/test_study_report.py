@@ -1,0 +1,259 @@
+"""The report of a study: its files, and the page as a browser shows it."""
+
+import csv
+import json
+import os
+import socket
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from eval.chromium import Browser, find_chromium, running
+from eval.studies import save_tiny_model, small_study
+
+import kvframe.eval
+from kvframe.errors import ConfigError
+from kvframe.eval.engine import make_engine
+from kvframe.eval.figures import figure
+from kvframe.eval.outcome import Outcome
+from kvframe.eval.report import check_report_packages, write_report
+from kvframe.eval.report.effects import changes
+from kvframe.eval.report.table import Row, summarise
+from kvframe.eval.running import Results, run_study
+
+pytest.importorskip("matplotlib", reason="a report needs pip install 'kvframe[eval]'")
+pytest.importorskip("jinja2")
+
+METRICS = ("score", "score_full", "kl", "attended_total", "bytes_per_token", "retrieval_rate")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """A study of four variants on two tasks with two seeds, and one cell of it that has failed."""
+    folder = tmp_path_factory.mktemp("study")
+    tasks = [kvframe.eval.task("copy", copy_tokens=number, cue_tokens=4) for number in (6, 10)]
+    study = small_study(save_tiny_model(folder / "model"), tasks=tasks, seeds=range(2), metrics=METRICS,
+                        title="Tiny & <small>")  # fmt: skip
+    found = run_study(study, folder / "results.sqlite", engine=make_engine("inline"))
+    failed = Outcome(key=found.cells[-5].key, error="Traceback ...\nValueError: a <b>bad</b> thing", seconds=0.0)
+    return attrs.evolve(found, outcomes=found.outcomes | {failed.key: failed})
+
+
+@pytest.fixture(scope="module")
+def report(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its directory."""
+    folder = tmp_path_factory.mktemp("report")
+    assert write_report(results, folder) == folder / "index.html"
+    return folder
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_else(report: Path, results: Results) -> None:
+    """No picture, style or script from elsewhere, and nothing of this machine but what it is."""
+    page = (report / "index.html").read_text(encoding="utf-8")
+
+    for outside in ("<link", "<img", "src=", "url(http", "@import", "https://"):
+        assert outside not in page.replace("http://www.w3.org", "")
+    assert socket.gethostname() not in page and str(Path(results.study.model).parent) not in page
+    assert os.path.expanduser("~") + "/" not in page
+    assert "Tiny &amp; &lt;small&gt;" in page and "a &lt;b&gt;bad&lt;/b&gt; thing" in page
+    assert len(page) < 3_000_000
+
+
+def test_pictures_are_files_too(report: Path) -> None:
+    """Every picture twice, each a whole file of its kind."""
+    pictures = list((report / "pictures").iterdir())
+
+    assert {path.stem for path in pictures} >= {
+        "score-against-attended", "kl-against-attended", "score-against-bytes", "kl-against-bytes", "heat-map-kl",
+        "heat-map-score", "captured-mass-by-layer", "retrieval-rate-by-layer", "retrieval-rates", "segment-lengths",
+        "timeline-0", "timeline-1", "timeline-2",
+    }  # fmt: skip
+    for path in pictures:
+        if path.suffix == ".svg":
+            text = path.read_text(encoding="utf-8")
+            assert ElementTree.fromstring(text).tag.endswith("svg") and "var(--" not in text
+            assert path.with_suffix(".png") in pictures
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_are_files_too(report: Path, results: Results) -> None:
+    """Every figure of every cell, in CSV and in Parquet."""
+    with (report / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    by_key = {row["key"]: row for row in rows}
+    for cell, outcome in results.done():
+        row = by_key[cell.key]
+        assert (row["label"], int(row["seed"]), row["task"]) == (cell.label, cell.seed, results.task_title(cell))
+        assert {name: float(row[name]) for name in METRICS if row[name]} == {
+            name: value for name, value in (outcome.figures or {}).items() if value is not None
+        }
+        assert json.loads(row["policy"])["trigger"]["stage"] == cell.policy.trigger.name
+    parquet = pytest.importorskip("pyarrow.parquet").read_table(report / "results.parquet").to_pylist()
+    assert [row["key"] for row in parquet] == [row["key"] for row in rows]
+    assert [row["kl"] for row in parquet] == [float(row["kl"]) if row["kl"] else None for row in rows]
+
+
+def test_a_report_that_cannot_be_written(results: Results, tmp_path: Path) -> None:
+    """Is a clear error."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the report"):
+        write_report(results, tmp_path / "file")
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way out is said."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"a report needs jinja2 and matplotlib and scipy; pip install"):
+        check_report_packages()
+
+
+def test_a_study_with_nothing_done(results: Results, tmp_path: Path) -> None:
+    """Is a page all the same."""
+    page = write_report(attrs.evolve(results, outcomes={}), tmp_path / "empty")
+
+    assert "All figures" in page.read_text(encoding="utf-8")
+
+
+def test_what_each_change_does() -> None:
+    """Means over the tasks, contexts and budgets that both have."""
+
+    def row(label: str, budget: int | None, **figures: float) -> Row:
+        spreads = {name: kvframe.eval.figures.Spread(value, None, 1) for name, value in figures.items()}
+        return Row(label=label, slot=None, task="copy", context=100, budget=budget, num_seeds=1, figures=spreads)
+
+    rows = [
+        row("base", 16, score=0.5, kl=0.4, attended_total=40.0, bytes_per_token=100.0, retrieval_rate=0.1),
+        row("base", 32, score=0.6, kl=0.2, attended_total=60.0, bytes_per_token=200.0, retrieval_rate=0.3),
+        row("other", 16, score=0.7, kl=0.8, attended_total=40.0, bytes_per_token=50.0, retrieval_rate=1.0),
+        row("other", 32, score=0.8, kl=0.4, attended_total=60.0, bytes_per_token=100.0, retrieval_rate=1.0),
+        row("whole", None, score=0.6, kl=0.0),
+    ]
+    other, whole = changes(rows, "base")
+
+    assert [(cell.text, cell.kind) for cell in other.cells] == [
+        ("+20.0 points", "good"), ("× 2.00", "bad"), ("× 1.00", ""), ("× 0.50", ""), ("20.0% → 100.0%", "")
+    ]  # fmt: skip
+    assert [(cell.text, cell.kind) for cell in whole.cells[:3]] == [("+0.0 points", ""), ("× 0.00", "good"), ("–", "")]
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("Chromium is not installed; apt-get install chromium")
+    with running(program, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+CELLS = """[...document.querySelectorAll("#figures tbody tr")].map((row) => ({
+  label: row.dataset.label, task: row.dataset.task, budget: row.cells[3].dataset.value,
+  figures: Object.fromEntries([...row.querySelectorAll("[data-figure]")].map(
+    (cell) => [cell.dataset.figure, [cell.dataset.value ?? null, cell.innerText.split("±")[0].trim()]])),
+}))"""
+BOXES = """[...document.querySelectorAll("figure svg, .timeline:not([hidden]) svg, .tile, h2, .legend span")]
+  .filter((part) => !part.closest("details:not([open])"))
+  .map((part) => { const box = part.getBoundingClientRect(); return [box.left, box.width, box.height,
+    Boolean(part.closest(".scroll"))]; })"""
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, False), (390, True)])
+def test_numbers_can_be_read(width: int, dark: bool, browser: Browser, report: Path, results: Results) -> None:
+    """At the width of a desk and of a phone, light and dark: the table has every figure, every picture is there and has
+    a size, and the page itself does not move sideways."""
+    browser.open(report / "index.html", width=width, dark=dark)
+    shown = {(row["label"], row["task"], int(row["budget"])): row["figures"] for row in browser.evaluate(CELLS)}
+
+    rows = summarise(results)
+    assert len(shown) == len(rows) > 0
+    for row in rows:
+        found = shown[row.label, row.task, -1 if row.budget is None else row.budget]
+        for name, value in row.figures.items():
+            exact, text = found[name]
+            assert float(exact) == value.mean and text == figure(name).show(value.mean)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    boxes = browser.evaluate(BOXES)
+    assert len(boxes) > 20
+    for left, box_width, height, may_move in boxes:
+        assert box_width > 10 and height > 8
+        assert left >= 0 and (may_move or left + box_width <= width + 1)
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background.strip("rgb()").split(","))) < 150) == dark
+
+
+def test_pictures_say_what_they_show(browser: Browser, report: Path, results: Results) -> None:
+    """Labels and ticks are text; a variant has the same colour in the legend as in the charts."""
+    browser.open(report / "index.html", width=1280)
+    texts: list[str] = browser.evaluate(
+        """[...document.querySelectorAll("#charts svg[role=img]")].map((picture) => picture.textContent)"""
+    )
+    labels: list[str] = browser.evaluate("""[...document.querySelectorAll("#charts .legend span")]
+      .map((part) => part.innerText.trim())""")
+    used: list[list[str]] = browser.evaluate("""[...document.querySelectorAll("#charts .legend line")].map((line) => {
+      const color = getComputedStyle(line).stroke;
+      return [color, [...document.querySelectorAll("#charts figure path")]
+        .some((path) => getComputedStyle(path).stroke === color)]; })""")
+    aria: list[str] = browser.evaluate("""[...document.querySelectorAll("svg[role=img]")]
+      .map((picture) => picture.getAttribute("aria-label"))""")
+
+    assert labels == [variant.label for variant in results.study.variants()]
+    assert len({color for color, _ in used}) == len(labels) and [drawn for _, drawn in used] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert any("attended tokens" in text and "100%" in text for text in texts)
+    assert any("bytes moved a token" in text for text in texts) and all(aria)
+
+
+def test_the_table_sorts(browser: Browser, report: Path) -> None:
+    """By a heading's numbers, up and down; what has none comes last."""
+    browser.open(report / "index.html", width=1280)
+    column = """[...document.querySelectorAll("#figures tbody [data-figure=attended_total]")]
+      .map((cell) => cell.dataset.value === undefined ? null : Number(cell.dataset.value))"""
+    click = """[...document.querySelectorAll("#figures th button")]
+      .find((head) => head.innerText === "attended tokens").click()"""
+    orders = []
+    for _ in range(2):
+        browser.evaluate(click)
+        orders.append(browser.evaluate(column))
+
+    numbers = [value for value in orders[0] if value is not None]
+    assert 0 < len(numbers) < len(orders[0])
+    assert numbers == sorted(numbers) and orders[0][: len(numbers)] == numbers
+    assert orders[1][: len(numbers)] == numbers[::-1]
+
+
+def test_the_timeline(browser: Browser, report: Path, results: Results) -> None:
+    """One variant at a time; its text is what was generated, darker where more heads selected."""
+    browser.open(report / "index.html", width=1280)
+    watched: dict[str, Any] = {cell.label: outcome.figures for cell, outcome in results.done("watch")}
+    read = """(() => { const part = document.querySelector(".timeline:not([hidden])");
+      return {open: document.querySelectorAll(".timeline:not([hidden])").length,
+              label: part.querySelector("h3").innerText,
+              tokens: [...part.querySelectorAll(".said span")].map((token) => token.textContent),
+              shares: [...part.querySelectorAll(".said span")].map(
+                (token) => Number(token.style.getPropertyValue("--share")))}; })()"""
+    seen = []
+    for number in range(browser.evaluate("document.getElementById('variant').options.length")):
+        browser.evaluate(f"""(() => {{ const choice = document.getElementById("variant"); choice.value = "{number}";
+          choice.dispatchEvent(new Event("change")); }})()""")
+        shown = browser.evaluate(read)
+        found = watched[shown["label"]]
+        shares = [sum(column) / len(column) for column in zip(*found["fires"], strict=True)]
+        assert shown["open"] == 1 and len(shown["tokens"]) == len(found["tokens"])
+        assert shown["shares"] == pytest.approx(shares, abs=1e-3)
+        seen.append(shown["label"])
+    assert seen == ["louiskv", "trigger: every-step", "rarely"]
