@@ -98,7 +98,7 @@ def compare(
     for row in coming:
         rows.append(row)
         if output is not None:
-            _append(output, conditions | row.to_dict())
+            append_line(output, conditions | row.to_dict())
         if not json:
             out().print(_line(row), markup=False)
     found = {"environment": describe(loaded.device), "conditions": conditions, "not_installed": missing}
@@ -156,7 +156,8 @@ def _line(row: "Row") -> str:
     )
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """A line of JSON at the end of a file; raises ConfigError where that cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json_.dumps(line) + "\n")

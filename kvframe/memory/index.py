@@ -22,17 +22,12 @@ class UnitIndex:
             for name, entry in sample.items()
         }
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
-        # Not read off the tensors: a scorer may have none.
-        self._max_units = 0
-
-    @property
-    def max_units(self) -> int:
-        """Units there is room for."""
-        return self._max_units
+        self.max_units = 0
+        """Units there is room for; counted, because a scorer may go by its notes alone and keep no tensors."""
 
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
-        self._max_units = max(self._max_units, max_units)
+        self.max_units = max(self.max_units, max_units)
         for name, tensor in self.tensors.items():
             missing = max_units + 1 - tensor.shape[2]
             if missing > 0:
@@ -41,10 +36,10 @@ class UnitIndex:
 
     def fit(self, max_units: int) -> None:
         """Have room for just this many units a head."""
+        self.max_units = max_units
         for name, tensor in self.tensors.items():
             if tensor.shape[2] > max_units + 1:
                 self.tensors[name] = tensor[:, :, : max_units + 1].clone()
-        self._max_units = max_units
         self.reserve(max_units)
 
     def write(self, batch: int, columns: Tensor, entries: dict[str, Tensor]) -> None:
