@@ -10,7 +10,7 @@ from kvframe_kernels.unit_index import unit_mean
 
 
 class UnitIndex:
-    """Named tensors [B, H, max_units + 1, ...]; the scorer says which."""
+    """Named tensors [B, H, max_units + 1, ...]; the scorer says which, and there may be none."""
 
     def __init__(self, layout: LayerLayout, scorer: Scorer) -> None:
         self._heads = (layout.batch_size, layout.num_kv_heads)
@@ -22,14 +22,12 @@ class UnitIndex:
             for name, entry in sample.items()
         }
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
-
-    @property
-    def max_units(self) -> int:
+        self.max_units = 0
         """Units there is room for."""
-        return min(tensor.shape[2] for tensor in self.tensors.values()) - 1
 
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
+        self.max_units = max(self.max_units, max_units)
         for name, tensor in self.tensors.items():
             missing = max_units + 1 - tensor.shape[2]
             if missing > 0:
@@ -38,6 +36,7 @@ class UnitIndex:
 
     def fit(self, max_units: int) -> None:
         """Have room for just this many units a head."""
+        self.max_units = max_units
         for name, tensor in self.tensors.items():
             if tensor.shape[2] > max_units + 1:
                 self.tensors[name] = tensor[:, :, : max_units + 1].clone()
