@@ -53,8 +53,9 @@ class SharedBudget(Selector):
         batch_size, num_kv_heads, num_units = scores.shape
         capacity = self.capacity_in(inputs.layout)
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        starts = units.offsets[..., :num_units].gather(-1, order)
-        sizes = units.offsets[..., 1 : num_units + 1].gather(-1, order) - starts
+        offsets = units.offsets.long()
+        starts = offsets[..., :num_units].gather(-1, order)
+        sizes = offsets[..., 1 : num_units + 1].gather(-1, order) - starts
         sizes = sizes.masked_fill(ranked == -torch.inf, 0)
         ends = sizes.cumsum(-1)
         budgets = self._budgets(ranked, sizes)
