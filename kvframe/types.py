@@ -204,8 +204,8 @@ class UnitTable:
 
     @property
     def sizes(self) -> Tensor:
-        """[B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
-        return self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]
+        """int64 [B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
+        return (self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]).long()
 
     def of_rows(self, numbers: Tensor, reduction: Literal["mean", "amax"] = "mean") -> Tensor:
         """One number for each unit from those of its rows; floating point [B, H, R] to [B, H, U], -inf where there is
