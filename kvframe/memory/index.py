@@ -1,5 +1,7 @@
 """What the device keeps for finding KV: the scorer's summaries of units, and what the selector keeps of rows."""
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,8 @@ class UnitIndex:
 
     @property
     def max_units(self) -> int:
-        """Units there is room for."""
-        return min(tensor.shape[2] for tensor in self.tensors.values()) - 1
+        """Units there is room for; any number where nothing stands for them."""
+        return min((tensor.shape[2] for tensor in self.tensors.values()), default=sys.maxsize) - 1
 
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""

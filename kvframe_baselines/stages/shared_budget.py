@@ -71,5 +71,5 @@ class SharedBudget(Selector):
         ordered = sizes.flatten(1).gather(-1, order)
         before = ordered.cumsum(-1) - ordered
         taken = torch.minimum(ordered, (self.token_budget * num_kv_heads - before).clamp(min=0))
-        adaptive = torch.zeros_like(ordered).scatter_(-1, order, taken).view_as(sizes).sum(-1)
+        adaptive = torch.zeros_like(taken).scatter_(-1, order, taken).view_as(sizes).sum(-1)
         return self._with_floor(adaptive)
