@@ -23,15 +23,23 @@ class Rounded:
 
     def restore(self) -> Tensor:
         """[..., N], what the codes stand for."""
-        return self.codes.to(self.step.dtype) * self.step + self.least
+        return restore(self.codes, self.step, self.least)
 
 
 def round_groups(numbers: Tensor, bits: int) -> Rounded:
     """Round groups of numbers [..., N], one group in the last dimension."""
     least, most = numbers.aminmax(dim=-1, keepdim=True)
-    step = (most - least) / (2**bits - 1)
-    codes = ((numbers - least) / step.masked_fill(step == 0, 1)).round_().clamp_(0, 2**bits - 1)
-    return Rounded(codes.to(torch.uint8), step, least)
+    # In 16 bits a code of 8 would be off by more than the rounding itself, and the range could overflow.
+    dtype = torch.promote_types(numbers.dtype, torch.float32)
+    step = ((most.to(dtype) - least.to(dtype)) / (2**bits - 1)).to(numbers.dtype)
+    steps = (numbers.to(dtype) - least.to(dtype)) / step.masked_fill(step == 0, 1).to(dtype)
+    return Rounded(steps.round_().clamp_(0, 2**bits - 1).to(torch.uint8), step, least)
+
+
+def restore(codes: Tensor, step: Tensor, least: Tensor) -> Tensor:
+    """What codes stand for, in the dtype of step and least, which broadcast."""
+    dtype = torch.promote_types(step.dtype, torch.float32)
+    return (codes.to(dtype) * step.to(dtype) + least.to(dtype)).to(step.dtype)
 
 
 def packed_size(num_codes: int, bits: int) -> int:

@@ -4,8 +4,12 @@ Stages and policies come from the registry, so that whatever is registered joins
 """
 
 import math
+from typing import Any
 
-from kvframe import Units
+import torch
+from attrs import evolve
+
+from kvframe import LayerLayout, StepInputs, Units
 from kvframe.registry import PolicyRecord, default_registry
 from kvframe.stages import Stage
 
@@ -13,6 +17,22 @@ from kvframe.stages import Stage
 def stage_id(stage: Stage) -> str:
     """What a test of a stage is called."""
     return stage.name
+
+
+def step_inputs(layout: LayerLayout, **changes: Any) -> StepInputs:
+    """All that a step has for a stage, of the 40th token."""
+    heads = (layout.batch_size, layout.num_kv_heads)
+    inputs = StepInputs(
+        query=torch.ones(layout.batch_size, layout.num_qo_heads, layout.head_dim, dtype=layout.dtype),
+        key=torch.ones(*heads, layout.head_dim, dtype=layout.dtype),
+        layout=layout,
+        due=torch.ones(heads, dtype=torch.bool),
+        num_tokens=torch.full(heads, 40),
+        token_ids=torch.arange(layout.batch_size),
+        row_bytes=layout.row_bytes,
+        board={},
+    )
+    return evolve(inputs, **changes)
 
 
 def policy_records() -> list[PolicyRecord]:

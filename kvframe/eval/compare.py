@@ -139,11 +139,12 @@ def compare(
     for name in policies:
         (registry or default_registry()).policy_spec(name)
     samples = [(task, task.make(tokenizer, context, seed, haystack)) for task in tasks]
-    return _rows(model, samples, policies, setting, registry)
+    return _rows(model, tokenizer, samples, policies, setting, registry)
 
 
 def _rows(
     model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     samples: Sequence[tuple[Task, Sample]],
     policies: Sequence[str],
     setting: Setting,
@@ -155,7 +156,7 @@ def _rows(
         for trigger, token_budget, name in product(setting.triggers, setting.budgets, policies):
             place: dict[str, Any] = {"task": task.name, "trigger": trigger, "token_budget": token_budget}
             try:
-                policy = contender(name, token_budget, trigger, setting, registry)
+                policy = contender(name, token_budget, trigger, setting, registry).fitted(tokenizer)
                 if policy not in done:
                     done[policy] = _figures(model, policy, sample, full, registry)
                 yield attrs.evolve(done[policy], **place, policy=name)

@@ -1,7 +1,5 @@
 """What the device keeps for finding KV: the scorer's summaries of units, and what the selector keeps of rows."""
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -24,14 +22,12 @@ class UnitIndex:
             for name, entry in sample.items()
         }
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
-
-    @property
-    def max_units(self) -> int:
-        """Units there is room for; any number where nothing stands for them."""
-        return min((tensor.shape[2] for tensor in self.tensors.values()), default=sys.maxsize) - 1
+        self.max_units = 0
+        """Units there is room for; counted, because a scorer may go by its notes alone and keep no tensors."""
 
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
+        self.max_units = max(self.max_units, max_units)
         for name, tensor in self.tensors.items():
             missing = max_units + 1 - tensor.shape[2]
             if missing > 0:
@@ -40,6 +36,7 @@ class UnitIndex:
 
     def fit(self, max_units: int) -> None:
         """Have room for just this many units a head."""
+        self.max_units = max_units
         for name, tensor in self.tensors.items():
             if tensor.shape[2] > max_units + 1:
                 self.tensors[name] = tensor[:, :, : max_units + 1].clone()

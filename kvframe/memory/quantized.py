@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvframe.memory.codec import Codec
 from kvframe.memory.pool import RowPool, RowStore, Traffic
-from kvframe.quantization import Rounded, pack, packed_size, round_groups, unpack
+from kvframe.quantization import Rounded, pack, packed_size, restore, round_groups, unpack
 from kvframe.types import LayerLayout
 
 # Kernels move vectors of 16 bytes, and heads whose width is a multiple of 16 numbers.
@@ -16,7 +16,7 @@ _LANE = torch.float16  # only a width: what lies in a lane is codes
 
 def _grouped(part: Tensor, num_groups: int) -> Tensor:
     """[..., N] to [..., num_groups, N / num_groups]."""
-    return part.reshape(*part.shape[:-1], num_groups, -1)
+    return part.reshape(*part.shape[:-1], num_groups, part.shape[-1] // num_groups)
 
 
 @frozen(kw_only=True, eq=False)
@@ -131,14 +131,14 @@ class KiviCodec(Codec):
     def restore_groups(self, codes: Tensor, grouped: Tensor) -> Tensor:
         """Keys [H, groups * group_size, D] of codes of full groups, one behind the other."""
         step, least = grouped.repeat_interleave(self.group_size, 1).unbind(2)
-        return codes.to(step.dtype) * step + least
+        return restore(codes, step, least)
 
 
 @frozen(kw_only=True, eq=False)
 class _Groups:
     """Which rows of a layer were rounded in groups, on the device."""
 
-    of_row: Tensor  # int32 [B, R], the group of a row, -1 for none
+    of_row: Tensor  # int32 [B, H, R], the group of a row, -1 for none
     scales: Tensor = field()  # [B, H, groups, 2, D]
 
 
@@ -155,10 +155,10 @@ class QuantizedPool(RowStore):
         layout = self._layout
         # Groups do not overlap, so that of all that begin in the same `group_size` rows there is one.
         num_groups = -(-num_rows // self._codec.group_size)
-        shape = (layout.batch_size, layout.num_kv_heads, num_groups, 2, layout.head_dim)
+        heads = (layout.batch_size, layout.num_kv_heads)
         return _Groups(
-            of_row=torch.full((layout.batch_size, num_rows), -1, dtype=torch.int32, device=layout.device),
-            scales=torch.zeros(shape, dtype=layout.dtype, device=layout.device),
+            of_row=torch.full((*heads, num_rows), -1, dtype=torch.int32, device=layout.device),
+            scales=torch.zeros(*heads, num_groups, 2, layout.head_dim, dtype=layout.dtype, device=layout.device),
         )
 
     @property
@@ -172,7 +172,7 @@ class QuantizedPool(RowStore):
     def grow(self, num_rows: int) -> None:
         self._pool.grow(num_rows)
         before, self._groups = self._groups, self._make_groups(self._pool.num_rows)
-        self._groups.of_row[:, : before.of_row.shape[1]] = before.of_row
+        self._groups.of_row[:, :, : before.of_row.shape[2]] = before.of_row
         self._groups.scales[:, :, : before.scales.shape[2]] = before.scales
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
@@ -188,13 +188,13 @@ class QuantizedPool(RowStore):
         firsts = torch.arange(num_groups, device=rows.device) * size + start
         groups = firsts // size
         self._groups.scales[batch, :, groups] = grouped
-        self._groups.of_row[batch, start : start + rows.shape[1]] = -1
+        self._groups.of_row[batch, :, start : start + rows.shape[1]] = -1
         own = slice(start, start + num_groups * size)
-        self._groups.of_row[batch, own] = groups.to(torch.int32).repeat_interleave(size)
+        self._groups.of_row[batch, :, own] = groups.to(torch.int32).repeat_interleave(size)
         self._send(batch, start, lanes)
 
     def write_recent(self, batch: int, start: int, rows: Tensor) -> None:
-        self._groups.of_row[batch, start : start + rows.shape[1]] = -1
+        self._groups.of_row[batch, :, start : start + rows.shape[1]] = -1
         self._send(batch, start, self._codec.encode(rows))
 
     def _send(self, batch: int, start: int, lanes: Tensor) -> None:
@@ -226,18 +226,17 @@ class QuantizedPool(RowStore):
         decoded = self._codec.decode(lanes)
         width = self._layout.head_dim
         of_row, scales = self._groups.of_row[batches], self._groups.scales[batches]
-        heads = rows.shape[1]
-        group = of_row[:, None].expand(-1, heads, -1).gather(2, rows.clamp(min=0)).long()
+        group = of_row.gather(2, rows.clamp(min=0)).long()
         found = scales.gather(2, group.clamp(min=0)[..., None, None].expand(*group.shape, 2, width))
-        step, least = found.unbind(3)
-        together = self._codec.codes(lanes)[0].to(step.dtype) * step + least
+        together = restore(self._codec.codes(lanes)[0], *found.unbind(3))
         keys = torch.where((group >= 0)[..., None], together, decoded[..., :width])
         return torch.cat([keys, decoded[..., width:]], -1)
 
     # ---- decoding ---------------------------------------------------------------------------------------------------
 
     def append(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        self._groups.of_row.scatter_(1, rows[:, :1], -1)  # a token has the same row in every head
+        # A row that a prompt's block had before a reset, or a crop, may be a token of its own now.
+        self._groups.of_row.scatter_(2, rows[..., None], -1)
         lanes = self._codec.encode(torch.cat([keys, values], -1))
         self._pool.append(rows, lanes[..., :-_LANES], lanes[..., -_LANES:])
 

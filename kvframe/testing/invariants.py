@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from kvframe.composition import Policy
 from kvframe.report import Timeline, make_report
 from kvframe.runtime import RetrievalLayer
 from kvframe.testing.broken import Broken, require_close, require_equal_positions, require_equal_traces
-from kvframe.testing.cases import Call, Case, Text, attended, make_call, play, unit_positions
+from kvframe.testing.cases import Call, Case, Text, Turn, attended, make_call, play, unit_positions
 from kvframe.testing.reference import attention_over
 from kvframe.testing.tape import Tape
 from kvframe.testing.watched import watched_layer
@@ -274,12 +274,16 @@ def reset_repeats(policy: Policy, case: Case, execution: Execution) -> None:
     """After a reset, with another text in between, outputs, positions and counts are the same, bit by bit."""
     layer = case.layer(policy, execution)
     layer.reserve(case.num_tokens)
-    text, other = case.text(layer.layout), case.text(layer.layout, seed=case.seed + 1)
+    text = case.text(layer.layout)
+    # Where tokens were generated one by one, it has a prompt; and no padding.
+    turns = (Turn(chunks=(max(1, case.num_tokens - 1),), num_steps=1),)
+    between = evolve(case, turns=turns, padding=(0,) * case.batch_size, seed=case.seed + 1)
     first = play(layer, text, case)
     report = counters(layer)
     layer.reset()
     require_counters(counters(case.layer(policy, execution)), counters(layer), "a new layer", "one that was reset")
-    play(layer, other, case)
+    layer.reserve(between.num_tokens)
+    play(layer, between.text(layer.layout), between)
     layer.reset()
     require_equal_traces(first, play(layer, text, case), 0, "the first run", "the run after a reset")
     require_counters(report, counters(layer), "the first run", "the run after a reset")

@@ -1,6 +1,9 @@
 """The unit index: one entry a unit, kept while it grows."""
 
+import pytest
 import torch
+from attrs import frozen
+from torch import Tensor
 
 from kvframe import MeanKey
 from kvframe.memory.index import UnitIndex
@@ -39,3 +42,26 @@ def test_reserving_less_changes_nothing():
     index.reserve(3)
 
     assert index.nbytes() == size
+
+
+@frozen(kw_only=True)
+class KeepsNothing(MeanKey):
+    """Goes by the notes of tokens, so that no tensor shows how much room there is."""
+
+    name = "keeps-nothing"
+
+    def index(self, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> dict[str, Tensor]:
+        return {}
+
+
+@pytest.mark.parametrize("scorer", [MeanKey(), KeepsNothing()], ids=lambda scorer: scorer.name)
+def test_room(scorer: MeanKey):
+    """It grows, and is cut where less is needed; all tensors have a column more."""
+    index = UnitIndex(make_layout(), scorer)
+    rooms = [index.max_units]
+    for make_room, num_units in ((index.reserve, 7), (index.reserve, 3), (index.fit, 4), (index.fit, 9)):
+        make_room(num_units)
+        rooms.append(index.max_units)
+        assert {tensor.shape[2] for tensor in index.tensors.values()} <= {index.max_units + 1}
+
+    assert rooms == [0, 7, 7, 4, 9]

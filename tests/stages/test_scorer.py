@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import stage_id
+from attrs import evolve
+from helpers import stage_id, step_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,18 +37,23 @@ def test_index_of_units_apart(scorer: Scorer):
 @pytest.mark.parametrize("scorer", small_stages("scorer"), ids=stage_id)
 def test_units_that_do_not_exist(scorer: Scorer):
     """They have no score, and what lies in their place changes no other score."""
-    layout = make_layout(batch_size=2, num_kv_heads=2, head_dim=8)
+    sources = scorer.sources
+    layout = make_layout(batch_size=2, num_kv_heads=2, head_dim=8, layer_idx=max(sources, default=0) + 1)
     generator = torch.Generator().manual_seed(1)
     keys, values = (torch.randn(4, 12, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     entries = scorer.index(keys, values, torch.arange(12).expand(4, -1) // 2, 6)
     index = {name: entry.view(2, 2, *entry.shape[1:]) for name, entry in entries.items()}
     num_units = torch.tensor([[6, 0], [1, 4]])
-    inputs = StepInputs(
+    inputs = step_inputs(
+        layout,
         query=torch.randn(2, 4, 8, generator=generator, dtype=torch.float64),
-        layout=layout,
         state=scorer.init(layout),
         notes=torch.rand(scorer.num_notes, 2, 2, 14, generator=generator),
     )
+    for source in sources:
+        lengths = torch.full((2,), 14)
+        earlier = torch.randn(2, 2, 14, 8, generator=generator, dtype=torch.float64)
+        scorer.publish(inputs.query, earlier, lengths, evolve(layout, layer_idx=source), inputs.board)
     units = unit_table(torch.full((2, 2, 6), 2), num_units)
     scores = scorer.score(inputs, index, units)
     absent = torch.arange(6) >= num_units[..., None]

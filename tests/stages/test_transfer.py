@@ -19,6 +19,18 @@ LAYOUT = make_layout(batch_size=3, num_kv_heads=2, head_dim=4, value_dim=5)
 NUM_ROWS = 40
 
 
+def block(transfer: Transfer, rows: Tensor) -> Tensor:
+    """What comes back of rows [H, n, D + Dv] of a prompt."""
+    codec = transfer.codec(LAYOUT)
+    return rows if codec is None else codec.block(rows)
+
+
+def tokens(transfer: Transfer, rows: Tensor) -> Tensor:
+    """What comes back of rows [..., D + Dv] that are stored one by one."""
+    codec = transfer.codec(LAYOUT)
+    return rows if codec is None else codec.tokens(rows)
+
+
 def write(store: RowStore, batch: int, start: int, rows: Tensor) -> None:
     """Rows [H, n, D + Dv], the way a prompt's come."""
     staged = store.stage(rows.shape[1])
@@ -27,16 +39,19 @@ def write(store: RowStore, batch: int, start: int, rows: Tensor) -> None:
 
 
 def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor]:
-    """A store planned for a few rows and grown twice, filled in blocks and row by row; and what it holds."""
+    """A store planned for a few rows and grown twice, filled in blocks and row by row; and what comes back of it."""
     text = make_text(LAYOUT, NUM_ROWS, 0)
-    expected = torch.cat([text.keys, text.values], -1)
+    given_rows = torch.cat([text.keys, text.values], -1)
+    expected = tokens(transfer, given_rows)
     store = transfer.init(LAYOUT, first)
     for batch in range(LAYOUT.batch_size):
-        write(store, batch, 0, expected[batch, :, :first])
+        write(store, batch, 0, given_rows[batch, :, :first])
+        expected[batch, :, :first] = block(transfer, given_rows[batch, :, :first])
     store.grow(first + 3)
     store.grow(NUM_ROWS)
     for batch, start in enumerate((first + 1, first + 2, NUM_ROWS)):
-        write(store, batch, first, expected[batch, :, first:start])
+        write(store, batch, first, given_rows[batch, :, first:start])
+        expected[batch, :, first:start] = block(transfer, given_rows[batch, :, first:start])
     store.finish_writes()
     # Every head is at a row of its own, as the sequences of a batch with padding are, until all are full.
     batches, heads = torch.arange(LAYOUT.batch_size)[:, None], torch.arange(LAYOUT.num_kv_heads)
@@ -44,6 +59,7 @@ def filled(transfer: Transfer, first: int = 12) -> tuple[RowStore, Tensor]:
     for step in range(NUM_ROWS):
         rows = (starts + step).clamp(max=NUM_ROWS - 1)
         store.append(rows, text.keys[batches, heads, rows], text.values[batches, heads, rows])
+        expected[batches, heads, rows] = tokens(transfer, given_rows[batches, heads, rows])
     return store, expected
 
 
@@ -80,7 +96,8 @@ def test_rows_need_not_be_staged(transfer: Transfer):
     store.write(1, 6, staged[:, 6:])
     store.write(1, 4, staged[:, 4:6])
 
-    assert torch.equal(store.read(1, 9), rows)
+    expected = torch.cat([block(transfer, rows[:, start:stop]) for start, stop in ((0, 4), (4, 6), (6, 9))], 1)
+    assert torch.equal(store.read(1, 9), expected)
 
 
 @every_transfer
@@ -106,12 +123,13 @@ def test_a_hint_does_not_age(transfer: Transfer, how: str):
     store, expected = filled(transfer)
     store.prefetch(0, 20)
     expected = expected.clone()
-    expected[:, :, 5] = -1
+    fresh = torch.randn(3, 2, 1, 9, generator=torch.Generator().manual_seed(1), dtype=LAYOUT.dtype)
     if how == "write":
-        write(store, 0, 5, expected[0, :, 5:6])
+        write(store, 0, 5, fresh[0])
+        expected[0, :, 5:6] = block(transfer, fresh[0])
     else:
-        rows = torch.full((3, 2), 5)
-        store.append(rows, expected[:, :, 5, :4], expected[:, :, 5, 4:])
+        store.append(torch.full((3, 2), 5), fresh[:, :, 0, :4], fresh[:, :, 0, 4:])
+        expected[:, :, 5] = tokens(transfer, fresh[:, :, 0])
 
     assert torch.equal(store.read(0, 20), expected[0, :, :20])
 
@@ -134,21 +152,27 @@ def test_recalled_rows(transfer: Transfer, seed: int, capacity: int):
     assert torch.equal(k_slots, k_expected) and torch.equal(v_slots, v_expected)
 
 
-def test_bytes_over_the_link():
-    """The host pool counts what a prompt writes and reads, once; on the device nothing crosses the link."""
-    row_bytes = (4 + 5) * 8
-    (pool, _), (kept, _) = filled(HostPool()), filled(KeepOnDevice())
+@every_transfer
+def test_bytes_over_the_link(transfer: Transfer):
+    """A store on the host counts what a prompt writes and reads, once; of one on the device nothing crosses the
+    link."""
+    store, _ = filled(transfer)
+    row_bytes = transfer.row_bytes(LAYOUT) if transfer.crosses_link else 0
     written = 2 * (3 * 12 + (1 + 2 + 28))
-    for store in (pool, kept):
-        store.prefetch(1, 29)
-        store.prefetch(1, 30, 5)
-        store.read(1, 30, 5)
+    store.prefetch(1, 29)
+    store.prefetch(1, 30, 5)
+    store.read(1, 30, 5)
 
-    assert pool.traffic.bytes_to_host == written * row_bytes
-    assert pool.traffic.bytes_to_device(12) == (2 * 30 + 12) * row_bytes
-    assert (kept.traffic.bytes_to_host, kept.traffic.bytes_to_device(12)) == (0, 0)
-    pool.traffic.clear()
-    assert (pool.traffic.bytes_to_host, pool.traffic.bytes_to_device(0)) == (0, 0)
+    assert store.traffic.bytes_to_host == written * row_bytes
+    assert store.traffic.bytes_to_device(12) == (2 * 30 + 12) * row_bytes
+    store.traffic.clear()
+    assert (store.traffic.bytes_to_host, store.traffic.bytes_to_device(0)) == (0, 0)
+    assert (store.host_bytes() > 0) == transfer.crosses_link
+
+
+def test_rows_as_they_are():
+    """A row of a pool takes its numbers."""
+    assert HostPool().row_bytes(LAYOUT) == KeepOnDevice().row_bytes(LAYOUT) == (4 + 5) * 8
 
 
 @every_transfer
@@ -180,13 +204,15 @@ layouts = st.builds(
 @every_transfer
 @given(layout=layouts, num_rows=st.integers(1, 63))
 def test_host_memory_is_known_beforehand(transfer: Transfer, layout: LayerLayout, num_rows: int):
-    """What `host_bytes` says a store will take is what it takes; the rest lies on the device."""
+    """What `host_bytes` says a store will take is what it takes: every row, where they lie on the host. The others lie
+    on the device; and there is what a codec keeps for decoding."""
     store = transfer.init(layout, num_rows)
-    num_heads = layout.batch_size * layout.num_kv_heads
+    stored = num_rows * transfer.row_bytes(layout) * layout.batch_size * layout.num_kv_heads
 
     assert store.num_rows == num_rows
-    assert transfer.host_bytes(layout, num_rows) == store.host_bytes()
-    assert store.host_bytes() + store.device_bytes() == num_rows * layout.row_bytes * num_heads
+    assert transfer.host_bytes(layout, num_rows) == store.host_bytes() == (stored if transfer.crosses_link else 0)
+    if transfer.codec(layout) is None:
+        assert store.host_bytes() + store.device_bytes() == stored
 
 
 def test_growing_moves_nothing():

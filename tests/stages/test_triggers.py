@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import stage_id
+from helpers import stage_id, step_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +61,7 @@ def test_states_are_apart(trigger: Trigger):
     """Two layers under one trigger, which is a setting and holds no state, decide on their own."""
     layout = make_layout()
     query = torch.ones(2, layout.num_qo_heads, layout.head_dim, dtype=layout.dtype)
-    inputs = StepInputs(query=query, layout=layout)
+    inputs = step_inputs(layout, query=query)
     first, second = trigger.init(layout), trigger.init(layout)
     trigger.begin(query, first)
     trigger.begin(query, second)

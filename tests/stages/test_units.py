@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import stage_id, unit_lists
+from helpers import stage_id, step_inputs, unit_lists
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -67,7 +67,7 @@ def test_boundary_has_a_flag_for_every_head(builder: UnitBuilder):
     """Or is None, where no boundary depends on data."""
     layout = make_layout(batch_size=3, num_kv_heads=2)
     trigger = EveryStep()
-    inputs = StepInputs(query=torch.ones(3, layout.num_qo_heads, layout.head_dim), layout=layout)
+    inputs = step_inputs(layout)
     boundary = builder.boundary(inputs, trigger.step(inputs, trigger.init(layout)), builder.init(layout))
 
     assert boundary is None or (boundary.shape == (3, 2) and boundary.dtype == torch.bool)
