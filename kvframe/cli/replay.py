@@ -44,16 +44,16 @@ def replay(
     from kvframe.eval.replaying import replay as run_replay
     from kvframe.eval.trace import load_trace
 
-    variants = list(_variants([name.strip() for name in policies.split(",")], set_ or [], vary or []))
+    wanted = list(variants([name.strip() for name in policies.split(",")], set_ or [], vary or []))
     recorded = load_trace(trace)
     if model is not None:
         from kvframe.cli.models import load
 
         recorded.check_model(load(model, quiet=json)[0])
     rows = []
-    with progress(f"replaying {len(variants)} policies", quiet=json) as bar:
+    with progress(f"replaying {len(wanted)} policies", quiet=json) as bar:
         for (label, _), found in zip(
-            variants, run_replay(trace, [policy for _, policy in variants], jobs=jobs, progress=bar.update), strict=True
+            wanted, run_replay(trace, [policy for _, policy in wanted], jobs=jobs, progress=bar.update), strict=True
         ):
             rows.append({"label": label} | found.to_dict())
             if output is not None:
@@ -68,7 +68,7 @@ def replay(
     console.print(table)
 
 
-def _variants(names: Sequence[str], fixed: Sequence[str], varied: Sequence[str]) -> "Iterator[tuple[str, Policy]]":
+def variants(names: Sequence[str], fixed: Sequence[str], varied: Sequence[str]) -> "Iterator[tuple[str, Policy]]":
     """Every policy with every combination of the values that its options are given, and what to call it."""
     from kvframe.options import option_names, parse_options
     from kvframe.registry import default_registry
