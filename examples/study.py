@@ -1,4 +1,4 @@
-"""A small study: what each stage of LouisKV is worth on SmolLM2, one exchanged at a time.
+"""A small study: what two stages of LouisKV are worth on SmolLM2, one exchanged at a time.
 
     kvframe ablate examples/study.py
 
@@ -15,14 +15,13 @@ study = kvframe.eval.Study(
     model=fetch_smollm2(),
     dtype="float32",
     tasks=[
-        kvframe.eval.task("niah_multiquery", num_needles=3),
-        kvframe.eval.task("copy", copy_tokens=32),
+        kvframe.eval.task("niah_multiquery", num_needles=2),
+        kvframe.eval.task("copy", copy_tokens=24),
     ],
     base=kvframe.policy("louiskv", sink_size=16, window_size=64),
     vary={
         "trigger": [kvframe.EveryStep(), kvframe.FixedStride(stride=8)],
-        "units": [kvframe.PageUnits(), ("units: clusters of 8", kvframe.ClusterUnits(cluster_size=8))],
-        "scorer": [("scorer: max over the group", kvframe.MeanKey(group_reduction="max"))],
+        "units": [kvframe.PageUnits()],
     },
     policies=[
         kvframe.policy("oracle_topk", sink_size=16, window_size=64),
@@ -31,4 +30,5 @@ study = kvframe.eval.Study(
     token_budget=[48, 192],
     context=1024,
     seeds=range(2),
+    watch=48,
 )

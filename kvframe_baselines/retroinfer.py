@@ -14,7 +14,8 @@ Where ours differs from the paper:
 
 - **The budget** is a number of tokens, met exactly, for which the last cluster is cut; the paper retrieves 1.8 % of the
   clusters. Of a cluster that is cut, the remainder is estimated.
-- **Generated tokens** form runs of 16. The paper clusters every 1024 of them.
+- **Generated tokens** form runs of 16 until 1024 of them have left the window and are clustered, as in the paper; there
+  the newest ones stay on the device until then.
 - **k-means** starts from evenly spaced tokens, so that the same prompt always gives the same clusters, and no cluster
   is split.
 - **The device cache.** The paper keeps recently used blocks on the device, 5 % of the KV; here the clusters of the last
@@ -27,7 +28,7 @@ from attrs import frozen
 
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
-from kvframe.stages import ClusterUnits, EveryStep, HostPool, MeanKey
+from kvframe.stages import ClusterUnits, EveryStep, HostPool, MeanKey, RegroupedUnits
 from kvframe_baselines.stages import EstimationZone
 
 
@@ -39,9 +40,11 @@ class RetroInferConfig:
     sink_size: int = 4
     window_size: int = 64
     cluster_size: int = 16
-    """Tokens of an average cluster, and of a run of generated tokens."""
+    """Tokens of an average cluster, and of a run of generated tokens that are not clustered yet."""
     block_size: int = 8192
     """Prompt tokens clustered at once."""
+    output_block_size: int = 1024
+    """Generated tokens clustered at once."""
     num_iterations: int = 10
     """Iterations of k-means."""
     estimated_share: float = 0.232
@@ -52,15 +55,16 @@ class RetroInferConfig:
 
 def build_retroinfer(config: RetroInferConfig) -> Policy:
     """The policy that a config stands for."""
+    clusters = ClusterUnits(
+        cluster_size=config.cluster_size,
+        block_size=config.block_size,
+        num_iterations=config.num_iterations,
+        split_factor=None,
+    )
     return Policy(
         name="retroinfer",
         trigger=EveryStep(),
-        units=ClusterUnits(
-            cluster_size=config.cluster_size,
-            block_size=config.block_size,
-            num_iterations=config.num_iterations,
-            split_factor=None,
-        ),
+        units=RegroupedUnits(units=clusters, by=clusters, block_size=config.output_block_size),
         scorer=MeanKey(keep_values=True),
         selector=EstimationZone(token_budget=config.token_budget, estimated_share=config.estimated_share),
         transfer=HostPool(),

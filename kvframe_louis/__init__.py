@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from kvframe.hookspecs import PolicySpec, StageSpec, hookimpl
 from kvframe.stages import ClusterUnits
+from kvframe_louis.plus import LouisKVPlusConfig, build_louiskv_plus
 from kvframe_louis.policy import (
     LouisKVConfig,
     LouisKVLongBothConfig,
@@ -25,9 +26,11 @@ __all__ = [
     "LouisKVLongBothConfig",
     "LouisKVLongInputConfig",
     "LouisKVLongOutputConfig",
+    "LouisKVPlusConfig",
     "SegmentUnits",
     "SemanticTrigger",
     "build_louiskv",
+    "build_louiskv_plus",
 ]
 
 
@@ -51,4 +54,13 @@ def kvframe_policies() -> Iterable[PolicySpec]:
             year=2025,
         )
         for config_cls in configs
+    ] + [
+        PolicySpec(
+            name=LouisKVPlusConfig.policy_name,
+            config_cls=LouisKVPlusConfig,
+            build=build_louiskv_plus,
+            paper=PAPER,
+            title=TITLE,
+            year=2025,
+        )
     ]

@@ -19,7 +19,9 @@ from kvframe.cli.listing import list_
 from kvframe.cli.matrix import matrix
 from kvframe.cli.pages import pages
 from kvframe.cli.plan import plan
+from kvframe.cli.replay import replay
 from kvframe.cli.show import show
+from kvframe.cli.trace import trace
 from kvframe.errors import KvframeError
 
 
@@ -51,7 +53,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, show, plan, calibrate, compare, ablate, doctor, families, matrix, pages):
+for command in (
+    demo, generate, show, plan, calibrate, compare, ablate, trace, replay, doctor, families, matrix, pages,
+):  # fmt: skip
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command(name="list")(list_)

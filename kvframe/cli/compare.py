@@ -49,6 +49,10 @@ def compare(
     output: Annotated[
         Path | None, typer.Option(help="Append each figure there as a line of JSON, when it exists.")
     ] = None,
+    figures: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Run nothing: the figures are those of such files, made side by side perhaps."),
+    ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables there, as a page of the docs.")] = None,
     dtype: DTYPE = "auto",
     device: DEVICE = "auto",
@@ -79,8 +83,11 @@ def compare(
 
     from kvframe.bench.environment import describe
     from kvframe.cli.models import load
-    from kvframe.eval.compare_tables import markdown_page
 
+    if figures:
+        rows, found = _read(figures)
+        _show(rows, found, markdown, json)
+        return
     loaded, tokenizer = load(model, dtype, device, quiet=json)
     conditions = {
         "model": Path(model).name, "dtype": str(loaded.dtype).removeprefix("torch."), "context": context,
@@ -94,14 +101,48 @@ def compare(
         errors.print(", ".join(f"{key} {value}" for key, value in conditions.items()), markup=False, soft_wrap=True)
         if missing:
             errors.print(f"not installed, and left out: {', '.join(missing)}", markup=False, soft_wrap=True)
+    found = {"environment": describe(loaded.device), "conditions": conditions, "not_installed": missing}
     rows = []
     for row in coming:
         rows.append(row)
         if output is not None:
-            _append(output, conditions | row.to_dict())
+            append_line(output, found | {"row": row.to_dict()})
         if not json:
             out().print(_line(row), markup=False)
-    found = {"environment": describe(loaded.device), "conditions": conditions, "not_installed": missing}
+    _show(rows, found, markdown, json)
+
+
+def _read(paths: Sequence[Path]) -> "tuple[list[Row], dict[str, Any]]":
+    """The figures that `--output` has written, in the order of tables, and their conditions.
+
+    Raises ConfigError for files that cannot be read, or that were made under different conditions.
+    """
+    from kvframe.eval.compare import Row
+
+    lines = []
+    for path in paths:
+        try:
+            lines += [json_.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}; expected a file that `kvframe compare --output` wrote") from error
+    if not lines:
+        raise ConfigError(f"{', '.join(map(str, paths))}: there are no figures")
+    for line in lines:
+        if line["conditions"] != lines[0]["conditions"]:
+            raise ConfigError(
+                f"figures of different conditions cannot share a table: {line['conditions']} and "
+                f"{lines[0]['conditions']}"
+            )
+    rows = [Row(**line.pop("row")) for line in lines]
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    rows.sort(key=lambda row: (tasks.index(row.task), row.trigger != "every-step", policies.index(row.policy)))
+    return rows, lines[0]
+
+
+def _show(rows: "Sequence[Row]", found: dict[str, Any], markdown: Path | None, json: bool) -> None:
+    from kvframe.eval.compare_tables import markdown_page
+
     if markdown is not None:
         _write(markdown, markdown_page(rows, found))
         errors.print(f"written to {markdown}", markup=False)
@@ -156,7 +197,8 @@ def _line(row: "Row") -> str:
     )
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """A line of JSON at the end of a file; raises ConfigError where that cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json_.dumps(line) + "\n")

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from kvframe.eval.footprint import critical_footprint
     from kvframe.eval.forced import context_limit, full_logits, run_forced
     from kvframe.eval.metrics import DEFAULT_METRICS, METRICS, check_metrics
+    from kvframe.eval.replaying import replay
     from kvframe.eval.runner import evaluate
     from kvframe.eval.running import run_study
     from kvframe.eval.statistics import mean_interval
     from kvframe.eval.study import Study
     from kvframe.eval.tasks import TASKS, Sample, Task, Turn, task
     from kvframe.eval.text import Haystack, haystack
+    from kvframe.eval.trace import load_trace, record, save_trace
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -32,9 +34,13 @@ __all__ = [
     "evaluate",
     "full_logits",
     "haystack",
+    "load_trace",
     "mean_interval",
+    "record",
+    "replay",
     "run_forced",
     "run_study",
+    "save_trace",
     "task",
 ]
 
@@ -54,9 +60,13 @@ _LAZY = {
     "evaluate": "kvframe.eval.runner",
     "full_logits": "kvframe.eval.forced",
     "haystack": "kvframe.eval.text",
+    "load_trace": "kvframe.eval.trace",
     "mean_interval": "kvframe.eval.statistics",
+    "record": "kvframe.eval.trace",
+    "replay": "kvframe.eval.replaying",
     "run_forced": "kvframe.eval.forced",
     "run_study": "kvframe.eval.running",
+    "save_trace": "kvframe.eval.trace",
     "task": "kvframe.eval.tasks",
 }
 

@@ -12,14 +12,14 @@ import attrs
 from attrs import frozen
 
 from kvframe.composition import Policy
-from kvframe.errors import KvframeError
+from kvframe.errors import ConfigError, KvframeError
 from kvframe.eval.fidelity import compare_logits, in_answers, passed
 from kvframe.eval.forced import check_length, full_logits, run_forced
 from kvframe.eval.tasks import Sample, Task
 from kvframe.eval.text import Haystack
 from kvframe.options import option_names
 from kvframe.registry import Registry, default_registry
-from kvframe.stages import EveryStep, Never
+from kvframe.stages import EveryStep, Never, QuantizedHostPool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,18 @@ class Row:
 def installed(names: Sequence[str], registry: Registry | None = None) -> tuple[list[str], list[str]]:
     """Of these names of policies, those that there are, and those that there are not."""
     known = [record.name for record in (registry or default_registry()).policies()]
-    return [name for name in names if name in known], [name for name in names if name not in known]
+    there = [name for name in names if _quantised(name)[0] in known]
+    return there, [name for name in names if name not in there]
+
+
+def _quantised(name: str) -> tuple[str, int | None]:
+    """ "quest+4bit" is quest with its KV on the host in four bits."""
+    base, plus, width = name.partition("+")
+    if not plus:
+        return name, None
+    if width not in ("2bit", "4bit", "8bit"):
+        raise ConfigError(f"{name!r}: expected the name of a policy, or one with +2bit, +4bit or +8bit behind it")
+    return base, int(width.removesuffix("bit"))
 
 
 def contender(
@@ -97,11 +108,13 @@ def contender(
 ) -> Policy:
     """A policy with the setting's sizes and so many retrieved tokens.
 
-    A policy without a budget gets it as recent tokens, so that the totals are equal.
+    A policy without a budget gets it as recent tokens, so that the totals are equal. With +4bit (or 2, or 8) behind its
+    name it has `QuantizedHostPool` in its transfer slot.
 
     Raises UnknownNameError for a name that is none, ConfigError for sizes that do not fit.
     """
-    record = (registry or default_registry()).policy_spec(name)
+    base, bits = _quantised(name)
+    record = (registry or default_registry()).policy_spec(base)
     known = option_names(record.config_cls)
     has_budget = "token_budget" in known
     sizes = {
@@ -113,6 +126,8 @@ def contender(
     policy = record.make(**{key: value for key, value in sizes.items() if key in known})
     if trigger == "every-step" and policy.selector.capacity and not isinstance(policy.trigger, Never):
         policy = policy.swap(trigger=EveryStep())
+    if bits is not None:
+        policy = policy.swap(transfer=QuantizedHostPool(bits=bits))  # type: ignore[arg-type]  # checked above
     return policy
 
 
@@ -137,13 +152,14 @@ def compare(
     """
     check_length(model.config, context, "the context")
     for name in policies:
-        (registry or default_registry()).policy_spec(name)
+        (registry or default_registry()).policy_spec(_quantised(name)[0])
     samples = [(task, task.make(tokenizer, context, seed, haystack)) for task in tasks]
-    return _rows(model, samples, policies, setting, registry)
+    return _rows(model, tokenizer, samples, policies, setting, registry)
 
 
 def _rows(
     model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     samples: Sequence[tuple[Task, Sample]],
     policies: Sequence[str],
     setting: Setting,
@@ -155,7 +171,7 @@ def _rows(
         for trigger, token_budget, name in product(setting.triggers, setting.budgets, policies):
             place: dict[str, Any] = {"task": task.name, "trigger": trigger, "token_budget": token_budget}
             try:
-                policy = contender(name, token_budget, trigger, setting, registry)
+                policy = contender(name, token_budget, trigger, setting, registry).fitted(tokenizer)
                 if policy not in done:
                     done[policy] = _figures(model, policy, sample, full, registry)
                 yield attrs.evolve(done[policy], **place, policy=name)

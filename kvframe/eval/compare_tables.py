@@ -69,7 +69,7 @@ def markdown_page(rows: Sequence[Row], found: dict[str, Any]) -> str:
         parts.append(f"## {grid.title}\n")
         parts.append(_table(grid.headings, grid.lines))
     parts.append("## Every figure\n")
-    parts.append(_table(list(_COLUMNS), _everything(rows)))
+    parts.append(_table(*_everything(rows)))
     refused = dict.fromkeys((row.policy, row.trigger, row.refused) for row in rows if row.refused)
     parts += [f"- `{policy}`, {_TRIGGERS[trigger]}: {reason}" for policy, trigger, reason in refused]
     return "\n".join(parts).rstrip() + "\n"
@@ -91,8 +91,19 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def _everything(rows: Sequence[Row]) -> list[list[str]]:
-    return [[form(row) for form in _COLUMNS.values()] for row in rows if row.kl is not None]
+_ORACLE = "oracle_topk"
+
+
+def _everything(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """All figures, and behind them how much further from full attention each is than the oracle."""
+    oracle = {(row.task, row.trigger, row.token_budget): row.kl for row in rows if row.policy == _ORACLE}
+    lines = []
+    for row in rows:
+        if row.kl is not None:
+            best = oracle.get((row.task, row.trigger, row.token_budget))
+            over = "" if best is None else f"{row.kl - best:+.4f}"
+            lines.append([*(form(row) for form in _COLUMNS.values()), over])
+    return [*_COLUMNS, f"KL less {_ORACLE}"], lines
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

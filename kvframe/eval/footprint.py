@@ -15,7 +15,6 @@ from attrs import frozen
 from kvframe.errors import ConfigError
 from kvframe.eval.forced import ForcedRun
 from kvframe.report import Report
-from kvframe.types import Invariant
 
 
 @frozen(kw_only=True)
@@ -52,8 +51,9 @@ def footprint(run: ForcedRun, num_prompt: int, num_steps: int, *, decode_only: b
     """Footprint of a run that read `num_prompt` tokens and then decoded `num_steps`.
 
     While a prompt is read it is attended to in full, and one layer's KV at a time is on the device on its way to where
-    it stays. What was allocated on the device counts as held, full or not; a buffer with room for every token counts by
-    the tokens in it. With several turns, their prompts are counted as if they had come first.
+    it stays; under a transfer that drops, every layer's is, until the first step has selected. What was allocated on
+    the device counts as held, full or not; a buffer with room for every token counts by the tokens in it. With several
+    turns, their prompts are counted as if they had come first.
     """
     num_tokens = num_prompt + num_steps
     first = num_prompt + 1 if decode_only else 1
@@ -72,7 +72,8 @@ def footprint(run: ForcedRun, num_prompt: int, num_steps: int, *, decode_only: b
         peak += layer.num_heads * (layer.fixed + (num_tokens if layer.grows else 0))
     if not decode_only:
         # The largest layer's prompt is on its way when everything else is there.
-        peak += max(0 if layer.grows else layer.num_heads * num_prompt for layer in layers)
+        leaving = [layer.num_heads * num_prompt for layer in layers if not layer.grows]
+        peak += sum(leaving) if run.cache.policy.transfer.drops else max(leaving, default=0)
     return Footprint(
         stored=stored / full,
         on_device=held / full,
@@ -92,7 +93,7 @@ def _layers(run: ForcedRun, report: Report, num_prompt: int, num_tokens: int) ->
         layer.layer_idx: layer.attended_sinks + layer.attended_retrieved + layer.attended_window
         for layer in report.layers
     }
-    keeps_all = Invariant.NO_TOKEN_LOST in policy.promises
+    drops = policy.transfer.drops
     runtimes = [layer.runtime for layer in run.cache.managed_layers if layer.runtime is not None]
     found = []
     for runtime in runtimes:
@@ -107,8 +108,8 @@ def _layers(run: ForcedRun, report: Report, num_prompt: int, num_tokens: int) ->
                 fixed=(rows - num_tokens if grows else rows) + runtime.index_bytes() / entry,
                 grows=grows,
                 attended=(num_prompt + 1 + num_tokens) / 2 if is_dense else attended[layout.layer_idx],
-                keeps_all=keeps_all or is_dense,
-                in_flight=1 / len(runtimes),
+                keeps_all=is_dense or not drops,
+                in_flight=1.0 if drops else 1 / len(runtimes),
             )
         )
     return found

@@ -49,7 +49,7 @@ def evaluate(
     check_metrics(names)
     check_length(model.config, context, f"task {task.name}")
     stack = haystack if isinstance(haystack, Haystack) else read_haystack(haystack)
-    sample = task.make(tokenizer, context, seed, stack)
+    sample, policy = task.make(tokenizer, context, seed, stack), policy.fitted(tokenizer)
     needs = {METRICS[name].needs for name in names}
     forced = fidelity = shadow = generated = None
     if "forced" in needs:

@@ -1,5 +1,6 @@
 """One generation looked at step by step: where the trigger fired, what was fetched, what was held."""
 
+import functools
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def watch(
     sample = task.make(tokenizer, context, seed, read_haystack(haystack))
     prompt = sample.turns[0].prompt_ids
     check_length(model.config, len(prompt) + num_tokens, f"task {task.name} with {num_tokens} generated tokens")
-    generated = _generate(model, prompt, num_tokens)
+    generated = _generated(model, tuple(prompt.tolist()), num_tokens)
     text = Sample(turns=(Turn(prompt_ids=prompt, continuation_ids=generated),))
     eye = _Eye(num_rows=text.num_tokens)
     run = run_forced(model, policy, text, execution="shadow", observer=eye)
@@ -79,9 +80,10 @@ def watch(
     }
 
 
-def _generate(model: Any, prompt: Tensor, num_tokens: int) -> Tensor:
-    """int64 [num_tokens], greedily."""
-    ids = prompt[None].to(model.device)
+@functools.lru_cache(maxsize=1)
+def _generated(model: Any, prompt: tuple[int, ...], num_tokens: int) -> Tensor:
+    """int64 [num_tokens], greedily; kept, because it is the same for every policy."""
+    ids = torch.tensor([prompt], device=model.device)
     if num_tokens < 1:
         raise ConfigError(f"expected at least one token to generate, got {num_tokens}")
     with torch.no_grad():

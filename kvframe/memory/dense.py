@@ -32,6 +32,10 @@ class DenseMemory(LayerMemory):
         self._ledger = ledger
         self._codec = codec
         heads = (layout.batch_size, layout.num_kv_heads)
+        self._head_ids = (
+            torch.arange(layout.batch_size, device=layout.device)[:, None],
+            torch.arange(layout.num_kv_heads, device=layout.device),
+        )
         self.keys, self.values = layout.zeros(num_rows)
         self.resident = torch.zeros(*heads, num_rows, dtype=torch.bool, device=layout.device)
         self._stored = None if codec is None else torch.cat([self.keys, self.values], -1)  # as it would come back
@@ -119,12 +123,11 @@ class DenseMemory(LayerMemory):
         if finite is not None:
             finite &= torch.isfinite(keys).all(-1) & torch.isfinite(values).all(-1)
         ledger.advance(cut)
-        row = (ledger.counts[LENGTH] - 1)[..., None, None]
-        self.keys.scatter_(2, row.expand(-1, -1, -1, keys.shape[-1]), keys[:, :, None])
-        self.values.scatter_(2, row.expand(-1, -1, -1, values.shape[-1]), values[:, :, None])
+        # By index: scatter_ walks over all rows of a head on a CPU.
+        row = (*self._head_ids, ledger.counts[LENGTH] - 1)
+        self.keys[row], self.values[row] = keys, values
         if self._codec is not None and self._stored is not None:
-            stored = self._codec.tokens(torch.cat([keys, values], -1))
-            self._stored.scatter_(2, row.expand(-1, -1, -1, stored.shape[-1]), stored[:, :, None])
+            self._stored[row] = self._codec.tokens(torch.cat([keys, values], -1))
         return self._leave(*ledger.leaving())
 
     def leave(self, length: Tensor) -> LeavingUnits | None:

@@ -16,7 +16,7 @@ _LANE = torch.float16  # only a width: what lies in a lane is codes
 
 def _grouped(part: Tensor, num_groups: int) -> Tensor:
     """[..., N] to [..., num_groups, N / num_groups]."""
-    return part.unflatten(-1, (num_groups, -1))
+    return part.reshape(*part.shape[:-1], num_groups, part.shape[-1] // num_groups)
 
 
 @frozen(kw_only=True, eq=False)

@@ -31,6 +31,8 @@ Options = Mapping[str, SearchStrategy[Any]]
 
 _USUAL = {"max_turns": 2, "max_prompt": 40, "max_steps": 12}
 _SMALL = {"max_turns": 2, "max_prompt": 30, "max_steps": 6}
+# Refusals until nothing is hoped for any more, if all that was drawn has been refused.
+_PATIENCE = 50
 # Runs that are spent on making a failing example smaller.
 _SHRINK_RUNS = 40
 
@@ -288,11 +290,11 @@ def _chosen(only: Collection[str], registry: Registry, by_name: bool) -> Iterato
 
 
 class _Examples:
-    """The runs of one promise: what was kept, what was refused, and the smallest that failed."""
+    """The runs of one promise: what was kept, not promised or refused, and the smallest that failed."""
 
     def __init__(self, promise: Promise) -> None:
         self.promise = promise
-        self.kept = self.refused = self._runs_since = 0
+        self.kept = self.waived = self.refused = self._runs_since = 0
         self.refusal: ConfigError | None = None
         self.failed: tuple[Policy, Case, Execution, Exception] | None = None
 
@@ -301,22 +303,31 @@ class _Examples:
         try:
             policy = make()
             if not self.promise.applies(policy):
+                self.waived += 1
                 return
             case.layer(policy, execution)
         except ConfigError as refusal:
-            self.refused += 1
-            self.refusal = refusal
-            reject()
+            self._refuse(refusal)
+            return
         if self.failed is not None:
             self._runs_since += 1
             if self._runs_since > _SHRINK_RUNS and self.failed[:3] != (policy, case, execution):
                 return  # small enough: only the smallest goes on to fail
         try:
             self.promise.keep(policy, case, execution)
+        except ConfigError as refusal:  # by a plugin's kvframe_check_policy, or in a composition that the check makes
+            self._refuse(refusal)
+            return
         except Exception as error:
             self.failed = policy, case, execution, error
             raise
         self.kept += 1
+
+    def _refuse(self, refusal: ConfigError) -> None:
+        self.refused += 1
+        self.refusal = refusal
+        if self.kept or self.waived or self.refused < _PATIENCE:
+            reject()  # another one is drawn in its place
 
 
 def _examine(
@@ -353,13 +364,16 @@ def _examine(
     except FlakyFailure:
         is_flaky = True
     except Unsatisfiable:
-        raise ConfigError(
-            f"{subject}: none of {examples.refused} drawn compositions was accepted, the last one refused with "
-            f"'{examples.refusal}'; give strategies for its options, options={{name: strategy}}"
-        ) from examples.refusal
+        pass  # told below, with a refusal
     except Exception:
         if examples.failed is None:  # an error of a strategy, not of what is checked
             raise
+    if examples.failed is None and examples.refused and not (examples.kept or examples.waived):
+        refusal = " ".join(str(examples.refusal).split())
+        raise ConfigError(
+            f"{subject}: none of {examples.refused} drawn compositions was accepted, the last one refused with "
+            f"'{refusal}'; give strategies for its options, options={{name: strategy}}"
+        ) from examples.refusal
     if examples.failed is None:
         return Outcome(promise=promise, examples=examples.kept, refused=examples.refused)
     policy, smallest, execution, error = examples.failed

@@ -8,6 +8,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.composition import Policy
+from kvframe.registry import Registry
 from kvframe.testing.cases import Case, Heads, attended
 from kvframe.types import Execution
 
@@ -87,13 +88,21 @@ class ModelTrace:
 
 @torch.no_grad()
 def play_model(
-    model: "PreTrainedModel", policy: Policy, case: Case, execution: Execution, inputs: ModelInputs | None = None
+    model: "PreTrainedModel",
+    policy: Policy,
+    case: Case,
+    execution: Execution,
+    inputs: ModelInputs | None = None,
+    registry: Registry | None = None,
 ) -> ModelTrace:
-    """All calls of a case by an attached model; `case` gives the batch, not the model's heads."""
+    """All calls of a case by an attached model; `case` gives the batch, not the model's heads.
+
+    registry: whose plugins check the policy and bring attention kernels; the installed ones unless given.
+    """
     from kvframe.hf import attach
 
     inputs, trace = inputs or model_inputs(case), ModelTrace()
-    with attach(model, policy, execution=execution) as run:
+    with attach(model, policy, execution=execution, registry=registry) as run:
         cache = run.new_cache(case.num_tokens)
         for call in case.calls():
             cache.prompt_end = call.stop if call.is_prompt else None

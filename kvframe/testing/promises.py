@@ -95,7 +95,7 @@ def all_promises(registry: Registry | None = None, *, by_name: bool = False) -> 
         Promise(
             name="same-executions-in-a-model",
             text="dense and offload give a model the same attended tokens and logits",
-            keep=model_is_the_same,
+            keep=lambda policy, case, execution: model_is_the_same(policy, case, execution, found),
             share=0.5,
             is_small=True,
         ),
@@ -138,7 +138,10 @@ def _round_trip(policy: Policy, registry: Registry) -> None:
         written = json.loads(json.dumps(policy.to_dict()))
     except TypeError as error:
         raise Broken(f"to_dict gives what JSON cannot hold: {error}") from error
-    again = Policy.from_dict(written, registry)
+    try:
+        again = Policy.from_dict(written, registry)
+    except ConfigError as error:
+        raise Broken(f"written down, it cannot be made again: {error}") from error
     for slot in SLOTS:
         if again.stage(slot) != policy.stage(slot):
             raise Broken(

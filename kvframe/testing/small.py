@@ -29,6 +29,7 @@ SMALL_OPTIONS: dict[str, Any] = {
     "num_queries": 4,
     "observation_window": 3,
     "output": TokenUnits(),
+    "output_block_size": 7,
     "page_size": 3,
     "prompt": PageUnits(page_size=3),
     "room": 3,

@@ -55,6 +55,7 @@ _OPTIONS: dict[str, SearchStrategy[Any]] = {
     "observation_window": st.integers(1, 8),
     "oversample": st.integers(1, 4),
     "p": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    "output_block_size": st.integers(1, 12),
     "page_size": _FEW,
     "room": st.integers(0, 6),
     "run_length": st.integers(1, 3),

@@ -10,7 +10,7 @@ from kvframe.stages import Selector
 from kvframe.types import Invariant, LayerLayout, StepInputs, UnitTable
 from kvframe.validators import integer, share
 
-Number = TypeVar("Number", float, Tensor)
+NumberT = TypeVar("NumberT", float, Tensor)
 
 
 @frozen(kw_only=True)
@@ -45,17 +45,18 @@ class SharedBudget(Selector):
         """What a head gets that all others leave everything to."""
         return int(self._with_floor(float(self.token_budget * layout.num_kv_heads)))
 
-    def _with_floor(self, adaptive: Number) -> Number:
-        """Budgets between the adaptive and the even ones; to be cut to whole tokens."""
-        mixed = (1 - self.floor) * adaptive + self.floor * self.token_budget
-        return mixed + 1e-6  # what rounding took from a whole number must not cost a token
+    def _with_floor(self, adaptive: NumberT) -> NumberT:
+        """Between the adaptive budgets and the even one, to be rounded down."""
+        # What rounding takes from a whole number must not cost a token.
+        return (1 - self.floor) * adaptive + (self.floor * self.token_budget + 1e-6)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         batch_size, num_kv_heads, num_units = scores.shape
         capacity = self.capacity_in(inputs.layout)
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        starts = units.offsets[..., :num_units].long().gather(-1, order)
-        sizes = units.sizes[..., :num_units].gather(-1, order)
+        offsets = units.offsets.long()
+        starts = offsets[..., :num_units].gather(-1, order)
+        sizes = offsets[..., 1 : num_units + 1].gather(-1, order) - starts
         sizes = sizes.masked_fill(ranked == -torch.inf, 0)
         ends = sizes.cumsum(-1)
         budgets = self._budgets(ranked, sizes)

@@ -79,10 +79,26 @@ def test_clusters_of_segments():
         assert [unit for unit in step.units if unit[0] < stop] == expected
 
 
+def test_clusters_of_generated_tokens():
+    """A block of them is clustered when it has left the window."""
+    clustered = set()
+    for step in steps_of(kvframe.policy("retroinfer", **OPTIONS, output_block_size=8)):
+        start = step.num_prompt - 4
+        stop = start + 8
+        if len(step.keys) > stop + 4:
+            expected = spherical_kmeans(step.keys[start:stop], 2, 3)
+            found = [unit for unit in step.units if start <= unit[0] < stop]
+            assert found == [[token + start for token in cluster] for cluster in expected]
+            clustered.add(tuple(map(len, found)))
+    assert len(clustered) > 1
+
+
 def test_published_defaults():
-    """Segments of 8192, clusters of 16, 23.2 % estimated, 4 sinks and 64 recent tokens."""
+    """Segments of 8192 and 1024, clusters of 16, 23.2 % estimated, 4 sinks and 64 recent tokens."""
     policy = kvframe.policy("retroinfer")
 
-    assert (policy.units.block_size, policy.units.cluster_size) == (8192, 16)
+    clusters = policy.units.units
+    assert (clusters.block_size, clusters.cluster_size) == (8192, 16)
+    assert (policy.units.by, policy.units.block_size) == (clusters, 1024)
     assert policy.selector.estimated_share == 0.232
     assert (policy.sink_size, policy.window_size) == (4, 64)

@@ -31,6 +31,8 @@ from attrs import evolve, frozen
 from typer.testing import CliRunner
 
 from kvframe.cli.app import app
+from kvframe.cli.replay import variants
+from kvframe.eval.tasks import TASKS
 from kvframe.options import parse_options
 from kvframe.registry import default_registry
 
@@ -227,7 +229,7 @@ def commands_of(block: Block) -> list[tuple[list[str], str]]:
 
 
 def check_call(arguments: list[str]) -> None:
-    """Raise unless command, options and arguments exist and the policy takes what `--set` gives it."""
+    """Raise unless command, options and arguments exist and the policy or task takes what `--set` gives it."""
     group: Any = typer.main.get_command(app)
     given = [argument for argument in arguments if argument != "--debug"]
     command = group.commands[given.pop(0)]
@@ -239,9 +241,15 @@ def check_call(arguments: list[str]) -> None:
     missing = [parameter.name for parameter in command.params if parameter.required and not options.get(parameter.name)]
     assert missing == [], f"missing: {missing}"
     if options.get("set_"):
-        policies = [parameter for parameter in command.params if parameter.name == "policy"]
-        record = default_registry().policy_spec(options.get("policy") or policies[0].default)
-        record.make(**parse_options(record.config_cls, options["set_"]))
+        configured = {parameter.name: options.get(parameter.name) or parameter.default for parameter in command.params}
+        if "task" in configured:
+            kind = TASKS[configured["task"]]
+            kind(**parse_options(kind, options["set_"]))
+        elif "policies" in configured:
+            list(variants(configured["policies"].split(","), options["set_"], options.get("vary") or []))
+        else:
+            record = default_registry().policy_spec(configured["policy"])
+            record.make(**parse_options(record.config_cls, options["set_"]))
 
 
 SHELL = [

@@ -20,6 +20,8 @@ from kvframe import errors, models
 from kvframe.cli.app import app
 from kvframe.cli.fields import field_notes
 from kvframe.composition import Policy
+from kvframe.eval.metrics import METRICS
+from kvframe.eval.tasks import TASKS
 from kvframe.pages import overview
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import PolicyRecord, Registry, StageRecord
@@ -138,6 +140,32 @@ def promises() -> str:
     return table(("promise", "in words", "made by"), rows)
 
 
+def tasks() -> str:
+    """Every task with its options."""
+    rows = []
+    for name, made in TASKS.items():
+        notes = field_notes(made)
+        options = [
+            f"`{field.name}` = {default_of(field)}" + (f": {notes[field.name]}" if field.name in notes else "")
+            for field in attrs.fields(made)  # type: ignore[arg-type]  # every task is an attrs class
+        ]
+        rows.append((code(name), paragraph(made), "<br>".join(options)))
+    return table(("task", "what it is", "options"), rows)
+
+
+_NEEDS = {
+    "forced": "the continuation under the policy",
+    "shadow": "full attention, the policy watching",
+    "generated": "a free generation",
+}
+
+
+def metrics() -> str:
+    """Every figure, and the run that it is read from."""
+    rows = [(code(metric.name), metric.summary, _NEEDS[metric.needs]) for metric in METRICS.values()]
+    return table(("figure", "what it is", "read from"), rows)
+
+
 def commands() -> dict[str, Any]:
     """The commands of the command line by name; those of a group come with its name in front."""
     return dict(_commands_of(typer.main.get_command(app)))
@@ -165,6 +193,8 @@ def command_options(name: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "tasks": tasks,
+    "metrics": metrics,
     "policies": policies,
     "overview": all_policies,
     "policy-fields": policy_fields,

@@ -10,7 +10,7 @@ from eval.conftest import Tiny
 import kvframe
 from kvframe.errors import ConfigError, UnknownNameError
 from kvframe.eval.compare import POLICIES, Row, Setting, compare, contender, installed
-from kvframe.eval.compare_tables import grids
+from kvframe.eval.compare_tables import grids, markdown_page
 
 SETTING = Setting(budgets=(64, 128), sink_size=8, window_size=16, dense_layers=(0,))
 
@@ -90,6 +90,21 @@ def test_tables():
 
     assert grid.headings == ["policy", "1 retrieved", "2 retrieved"]
     assert grid.lines == [["a", "0.500 (7%)", "0.250 (7%)"], ["b", "refused", "1.000 (7%)"]]
+
+
+def test_distance_to_the_oracle():
+    """Stands behind every figure of the page, where the oracle was compared as well."""
+    common = {"task": "copy", "trigger": "own", "kl_all": 0.1, "top1_agreement": 1.0, "score": 1.0, "score_full": 1.0}
+    common |= {"attended_total": 9.0, "retrieval_rate": 1.0, "bytes_per_token": 5.0}
+    rows = [
+        Row(policy=name, token_budget=budget, kl=kl, **common)  # type: ignore[arg-type]
+        for name, budget, kl in (("oracle_topk", 1, 0.25), ("window", 1, 0.75), ("window", 2, 1.0))
+    ]
+    page = markdown_page(rows, {"conditions": {"model": "m"}, "environment": {}, "not_installed": ["x"]})
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| copy")]
+
+    assert [line[-1].strip(" |") for line in lines] == ["+0.0000", "+0.5000", ""]
+    assert "Not installed, and left out: x." in page
 
 
 @pytest.mark.model

@@ -10,6 +10,7 @@ import torch
 from attrs import frozen
 from hypothesis import strategies as st
 from testing.broken_stages import Counting, CountState, OneForAll
+from torch import Tensor
 
 import kvframe
 from kvframe import Decision, PolicySpec, StageSpec, StepInputs, hookimpl
@@ -17,6 +18,7 @@ from kvframe.errors import ConfigError, UnknownNameError
 from kvframe.plugins import create_plugin_manager
 from kvframe.registry import Registry
 from kvframe.testing import Case, ConformanceError, Turn, check_plugin, check_policy, check_stage
+from kvframe_kernels.slot_attention import slot_attention
 
 
 @frozen(kw_only=True)
@@ -114,6 +116,29 @@ def test_plugin_with_a_broken_stage() -> None:
         check_plugin("patient-plugin", registry=registry(Patient, OneForAll), max_examples=1)
 
     assert [failure.promise.name for failure in raised.value.failures] == ["contract"]
+
+
+def test_attention_kernels_of_a_plugin() -> None:
+    """They are held to kvframe's own: what gives half of the output is no attention."""
+    module = ModuleType("halving-kernels")
+
+    def halved(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out, lse = slot_attention(query, *args, **kwargs)
+        return out / 2, lse
+
+    vars(module).update(KVFRAME_API_VERSION=1, kvframe_attention_backend=hookimpl(lambda layout: halved))
+    halving = Registry(create_plugin_manager([module]))
+    with pytest.raises(ConformanceError, match=r"logits of call \d: dense and offload differ"):
+        check_policy("window", registry=halving, only=["same-executions-in-a-model"], max_examples=4)
+
+
+def test_plugin_that_refuses_every_policy() -> None:
+    """Nothing was run, so nothing was kept."""
+    module = ModuleType("strict")
+    vars(module).update(KVFRAME_API_VERSION=1, kvframe_check_policy=hookimpl(lambda policy: ["not on my watch"]))
+    strict = Registry(create_plugin_manager([module]))
+    with pytest.raises(ConfigError, match=r"none of \d+ drawn compositions was accepted.*not on my watch"):
+        check_policy("window", registry=strict, only=["same-executions-in-a-model"], max_examples=4)
 
 
 def test_stage_of_a_registered_policy_has_to_be_registered() -> None:

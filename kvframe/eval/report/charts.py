@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH, _HEIGHT = 4.5, 3.2
+_MOST_TICKS = 5
 _COSTS = {"attended_total": "attended tokens", "bytes_per_token": "bytes moved a token"}
 _GOALS = ("score", "kl")
 
@@ -125,4 +126,7 @@ def _scale(axes: "Axes", goal: str, cost: str, points: Sequence[Point]) -> None:
     if moved:
         axes.set_xscale("symlog", linthresh=max(1.0, min(moved) / 2), base=4)
         axes.set_xlim(left=-min(moved) / 20)
+        low, high = math.floor(math.log(min(moved), 4)), math.ceil(math.log(max(moved), 4))
+        step = max(1, (high - low + 1) // _MOST_TICKS)
+        axes.set_xticks([0, *(4**power for power in range(low + 1, high + 1, step))])
     bytes_of(axes)

@@ -1,0 +1,44 @@
+"""LouisKV and more: what is not retrieved is estimated, and tokens are ranked by a sketch of their keys."""
+
+from typing import ClassVar
+
+import attrs
+from attrs import frozen
+
+from kvframe.composition import Policy
+from kvframe.stages import EstimateRest, MeanKey, SketchRerank
+from kvframe_louis.policy import LouisKVConfig, build_louiskv
+
+
+@frozen(kw_only=True)
+class LouisKVPlusConfig(LouisKVConfig):
+    """LouisKV, and beyond it: every unit that is not retrieved is estimated, tokens are ranked by 4-bit keys.
+
+    Triggers, units and transfer are LouisKV's (arXiv 2510.11292). Units are selected up to `oversample` times the
+    budget, and of their tokens the best by a sketch of their keys. All others enter attention as one virtual entry a
+    unit, the estimate of RetroInfer (arXiv 2505.02922). The device holds a mean key and a mean value for every
+    `cluster_size` tokens, and `bits` for every number of a key: with the defaults and bfloat16 just under a fifth of
+    the KV that they stand for.
+    """
+
+    policy_name: ClassVar[str] = "louiskv-plus"
+    oversample: int = 4
+    """Candidates for a sketch are so many times the budget."""
+    bits: int = 4
+    """Of a number in the sketch of a key: 2, 4 or 8."""
+    run_length: int = 1
+    """Tokens next to each other in the store that are taken together; longer runs cross the link faster."""
+
+
+def build_louiskv_plus(config: LouisKVPlusConfig) -> Policy:
+    """LouisKV's stages but for scorer and selector."""
+    base = build_louiskv(config)
+    rerank = SketchRerank(
+        token_budget=config.token_budget,
+        oversample=config.oversample,
+        bits=config.bits,  # type: ignore[arg-type]  # the stage says what it takes
+        run_length=config.run_length,
+    )
+    scorer = base.scorer
+    assert isinstance(scorer, MeanKey)
+    return base.swap(scorer=attrs.evolve(scorer, keep_values=True), selector=EstimateRest(selector=rerank))
