@@ -23,6 +23,7 @@ from kvframe.memory.slots import SlotMemory
 from kvframe.memory.survivors import Survivors
 from kvframe.memory.token_ids import TokenIds
 from kvframe.stages import SLOTS, Stage
+from kvframe.stages.selector import only_due
 from kvframe.stats import RetrievalStats
 from kvframe.types import (
     BlockInputs,
@@ -583,7 +584,7 @@ class RetrievalLayer(LayerRuntime):
         selection = made if isinstance(made, Selection) else Selection(*made)
         rows, count = selection.rows, selection.count
         if self._survivors is not None:
-            rows, count = self._survivors.among(rows)
+            rows, count = self._survivors.among(only_due(rows, count, inputs.due)[0])
         assert inputs.due is not None
         if selection.estimated is not None:
             self._set_estimated(selection.estimated, inputs.due)
