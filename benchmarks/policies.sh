@@ -12,7 +12,7 @@ parts=$(mktemp -d)
 kvframe() { python3 -c "from kvframe.cli import main; main()" "$@"; }
 one() {
     kvframe compare --model "$model" --context "$context" --budgets "$budgets" --policies "$1" --seed "${SEED:-0}" \
-        --dtype float32 ${TEXT:+--text "$TEXT"} ${TRIGGERS:+--triggers "$TRIGGERS"} --output "$parts/$1.jsonl" \
+        --dtype "${DTYPE:-float32}" ${TEXT:+--text "$TEXT"} ${TRIGGERS:+--triggers "$TRIGGERS"} --output "$parts/$1.jsonl" \
         >"$parts/$1.log" 2>&1 || { echo "$1:"; grep -m 3 Error "$parts/$1.log"; }
 }
 for policy in "${policies[@]}"; do
