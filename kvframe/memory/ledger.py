@@ -175,11 +175,9 @@ class Ledger:
         columns = torch.arange(offsets.shape[1], device=offsets.device)
         # Behind the last closed unit there is no order.
         bounds = offsets.masked_fill(columns > counts[CLOSED][:, None], torch.iinfo(offsets.dtype).max)
-        edges = (
-            torch.tensor([start, stop], dtype=offsets.dtype, device=offsets.device)
-            .expand(offsets.shape[0], 2)
-            .contiguous()
-        )
+        # Filled rather than copied: a copy of a list would make the host wait for the device.
+        edges = torch.full((offsets.shape[0], 2), start, dtype=offsets.dtype, device=offsets.device)
+        edges[:, 1] = stop
         first, behind = torch.searchsorted(bounds, edges).unbind(-1)
         more = units.num_units - (behind - first)
         past = columns - first[:, None]  # columns past the first that is replaced
