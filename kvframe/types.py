@@ -204,8 +204,8 @@ class UnitTable:
 
     @property
     def sizes(self) -> Tensor:
-        """[B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
-        return self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]
+        """int64 [B, H, U], tokens of each unit; computed when asked for. Behind `num_units` it means nothing."""
+        return (self.offsets[..., 1 : self.max_units + 1] - self.offsets[..., : self.max_units]).long()
 
     def of_rows(self, numbers: Tensor, reduction: Literal["mean", "amax"] = "mean") -> Tensor:
         """One number for each unit from those of its rows; floating point [B, H, R] to [B, H, U], -inf where there is
@@ -214,7 +214,7 @@ class UnitTable:
         num_rows, num_units = numbers.shape[-1], self.num_units[..., None]
         # What lies behind the last unit's end means nothing, and a search needs ascending bounds.
         bounds = self.offsets[..., : self.max_units + 1].masked_fill(columns > num_units, num_rows)
-        rows = torch.arange(num_rows, device=numbers.device).expand_as(numbers).contiguous()
+        rows = torch.arange(num_rows, dtype=bounds.dtype, device=numbers.device).expand_as(numbers).contiguous()
         unit = torch.searchsorted(bounds, rows, right=True) - 1
         # The last column collects the rows of no unit.
         unit = torch.where((unit >= 0) & (unit < num_units), unit, self.max_units)

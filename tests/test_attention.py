@@ -31,11 +31,12 @@ def test_attention_sums(monkeypatch: pytest.MonkeyPatch, at_once: int, num_queri
     torch.testing.assert_close(sums, expected, atol=1e-12, rtol=0)
 
 
-def test_units_from_their_rows():
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_units_from_their_rows(dtype: torch.dtype):
     """Mean or largest of each unit's rows; rows of no unit, and bounds behind the last one, change nothing."""
     from kvframe import UnitTable
 
-    offsets = torch.tensor([[[2, 4, 5, 9, 0, 3]]])
+    offsets = torch.tensor([[[2, 4, 5, 9, 0, 3]]], dtype=dtype)
     units = UnitTable(offsets=offsets, num_units=torch.tensor([[3]]), max_units=5)
     numbers = torch.tensor([[[9.0, 9, 1, 3, -7, 4, 0, 0, 2, 9, 9]]])
 

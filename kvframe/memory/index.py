@@ -10,7 +10,7 @@ from kvframe_kernels.unit_index import unit_mean
 
 
 class UnitIndex:
-    """Named tensors [B, H, max_units + 1, ...]; the scorer says which."""
+    """Named tensors [B, H, max_units + 1, ...]; the scorer says which, and there may be none."""
 
     def __init__(self, layout: LayerLayout, scorer: Scorer) -> None:
         self._heads = (layout.batch_size, layout.num_kv_heads)

@@ -8,7 +8,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.sketch import decode_sketch, encode_sketch
-from kvframe.stages.selector import Selector
+from kvframe.stages.selector import Selector, only_due
 from kvframe.types import StepInputs, UnitTable
 from kvframe.validators import integer, one_of
 
@@ -51,6 +51,7 @@ class SketchRerank(Selector):
         from kvframe_kernels.select_units import select_units
 
         rows, count = select_units(scores, units.offsets, self.oversample * self.token_budget, due=inputs.due)
+        rows, count = only_due(rows, count, inputs.due)
         # In the order of the store, so that runs are runs and ties go to the lower row.
         rows = torch.where(rows < 0, _NONE, rows).sort(-1).values
         weights = self._weights(inputs, rows, count, units)

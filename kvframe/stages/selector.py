@@ -65,6 +65,14 @@ def best_rows(
     return torch.nn.functional.pad(rows, (0, room), value=-1) if room else rows, count
 
 
+def only_due(rows: Tensor, count: Tensor, due: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A selection that says nothing for heads that do not select, where a kernel's may say anything: for selectors that
+    look at another one's rows."""
+    if due is None:
+        return rows, count
+    return rows.masked_fill(~due[..., None], -1), count.masked_fill(~due, 0)
+
+
 @frozen(kw_only=True)
 class TopBudget(Selector):
     """Units in score order until the budget is filled exactly; the last unit is cut to fit.

@@ -51,6 +51,7 @@ def _inputs(case: Case, layout: LayerLayout, step: int = 0) -> StepInputs:
         num_tokens=torch.full_like(everywhere, 40, dtype=torch.int64),
         token_ids=torch.arange(layout.batch_size),
         row_bytes=layout.row_bytes,
+        board={},
     )
 
 

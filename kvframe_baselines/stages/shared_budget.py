@@ -1,6 +1,6 @@
 """One budget for all heads of a layer."""
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from attrs import field, frozen
@@ -9,6 +9,8 @@ from torch import Tensor
 from kvframe.stages import Selector
 from kvframe.types import Invariant, LayerLayout, StepInputs, UnitTable
 from kvframe.validators import integer, share
+
+NumberT = TypeVar("NumberT", float, Tensor)
 
 
 @frozen(kw_only=True)
@@ -41,20 +43,20 @@ class SharedBudget(Selector):
 
     def _most(self, layout: LayerLayout) -> int:
         """What a head gets that all others leave everything to."""
-        everything = torch.tensor(self.token_budget * layout.num_kv_heads)
-        return int(self._with_floor(everything))
+        return int(self._with_floor(float(self.token_budget * layout.num_kv_heads)))
 
-    def _with_floor(self, adaptive: Tensor) -> Tensor:
-        """Budgets between the adaptive and the even ones, int64."""
-        mixed = (1 - self.floor) * adaptive.double() + self.floor * self.token_budget
-        return (mixed + 1e-6).long()  # what rounding took from a whole number must not cost a token
+    def _with_floor(self, adaptive: NumberT) -> NumberT:
+        """Between the adaptive budgets and the even one, to be rounded down."""
+        # What rounding takes from a whole number must not cost a token.
+        return (1 - self.floor) * adaptive + (self.floor * self.token_budget + 1e-6)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         batch_size, num_kv_heads, num_units = scores.shape
         capacity = self.capacity_in(inputs.layout)
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        starts = units.offsets[..., :num_units].gather(-1, order)
-        sizes = units.offsets[..., 1 : num_units + 1].gather(-1, order) - starts
+        offsets = units.offsets.long()
+        starts = offsets[..., :num_units].gather(-1, order)
+        sizes = offsets[..., 1 : num_units + 1].gather(-1, order) - starts
         sizes = sizes.masked_fill(ranked == -torch.inf, 0)
         ends = sizes.cumsum(-1)
         budgets = self._budgets(ranked, sizes)
@@ -71,5 +73,5 @@ class SharedBudget(Selector):
         ordered = sizes.flatten(1).gather(-1, order)
         before = ordered.cumsum(-1) - ordered
         taken = torch.minimum(ordered, (self.token_budget * num_kv_heads - before).clamp(min=0))
-        adaptive = torch.zeros_like(taken).scatter_(-1, order, taken).view_as(sizes).sum(-1)
-        return self._with_floor(adaptive)
+        adaptive = torch.zeros_like(ordered).scatter_(-1, order, taken).view_as(sizes).sum(-1)
+        return self._with_floor(adaptive.double()).long()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvframe.sketch import decode_sketch, encode_sketch
 from kvframe.stages import Selector
+from kvframe.stages.selector import only_due
 from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
 from kvframe.validators import one_of, part, share
 
@@ -57,7 +58,7 @@ class TopP(Selector):
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection:
         made = self.selector.select(inputs, scores, units)
         made = made if isinstance(made, Selection) else Selection(*made)
-        rows, count = made.rows, made.count
+        rows, count = only_due(made.rows, made.count, inputs.due)
         places = torch.arange(rows.shape[-1], device=rows.device)
         weights = self._weights(inputs, rows, places < count[..., None], units)
         # Equal weights go to the lower row, whatever the order in which candidates come.

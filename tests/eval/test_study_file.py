@@ -1,9 +1,10 @@
 """Study files, and `kvframe ablate` on them."""
 
+import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def study(model: Path, tmp_path: Path) -> Path:
     return path
 
 
-Run = Callable[..., Result]
+needs_report = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib", "scipy")),
+    reason="a report needs pip install 'kvframe[eval]'",
+)
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -139,9 +143,9 @@ def test_dry_run(study: Path) -> None:
     assert [path.name for path in study.parent.iterdir()] == ["study.py"]
 
 
+@needs_report
 def test_run_and_run_again(study: Path) -> None:
     """Runs every cell, writes the report, and has nothing to do the second time; figures are the same."""
-    pytest.importorskip("matplotlib")
     first = run("ablate", study, "--engine", "inline")
     again = run("ablate", study, "--engine", "inline", "--json")
     found = json.loads(again.stdout)
@@ -158,9 +162,9 @@ def test_run_and_run_again(study: Path) -> None:
     assert "3 of them" not in run("ablate", study, "--dry-run").stdout
 
 
+@needs_report
 def test_a_failed_cell_is_exit_code_1(study: Path) -> None:
     """With its reason on the terminal and its traceback in the report."""
-    pytest.importorskip("matplotlib")
     study.write_text(study.read_text().replace("copy_tokens=12", "copy_tokens=1000").replace("watch=8", "watch=0"))
     result = run("ablate", study, "--engine", "inline", code=1)
 
@@ -169,6 +173,7 @@ def test_a_failed_cell_is_exit_code_1(study: Path) -> None:
     assert "Cells that failed" in page and "Traceback (most recent call last)" in page
 
 
+@needs_report
 @pytest.mark.parametrize(
     "options, part",
     [
@@ -186,6 +191,7 @@ def test_refusals(options: tuple[str, ...], part: str, study: Path) -> None:
     assert [path.name for path in study.parent.iterdir()] == ["study.py"]
 
 
+@needs_report
 def test_a_context_beyond_the_model(study: Path) -> None:
     """Said before the first cell runs."""
     study.write_text(study.read_text().replace(f"context={CONTEXT}", "context=5000"))
@@ -194,6 +200,7 @@ def test_a_context_beyond_the_model(study: Path) -> None:
     assert "Study.context has 5000 tokens, the model reads at most 1024" in result.stderr
 
 
+@needs_report
 def test_results_of_another_format(study: Path) -> None:
     """Are not touched."""
     import sqlite3

@@ -26,6 +26,7 @@ from kvframe.eval.running import Results, run_study
 
 pytest.importorskip("matplotlib", reason="a report needs pip install 'kvframe[eval]'")
 pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
 
 METRICS = ("score", "score_full", "kl", "attended_total", "bytes_per_token", "retrieval_rate")
 

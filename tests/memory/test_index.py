@@ -8,6 +8,7 @@ from torch import Tensor
 from kvframe import MeanKey
 from kvframe.memory.index import UnitIndex
 from kvframe.testing.cases import make_layout
+from kvframe_baselines import AccumulatedAttention
 
 
 def test_entries_stay_where_they_were_put():
@@ -32,6 +33,16 @@ def test_entries_stay_where_they_were_put():
     assert torch.equal(index.view(9)["mean_key"], expected)
     assert torch.equal(index.view(4)["mean_key"], expected[:, :, :4])
     assert index.nbytes() >= expected.nbytes
+
+
+def test_without_entries():
+    """A scorer that keeps nothing of a unit has an index all the same, with room for units."""
+    index = UnitIndex(make_layout(), AccumulatedAttention())
+    index.reserve(7)
+    assert (index.max_units, index.view(7), index.nbytes()) == (7, {}, 0)
+
+    index.fit(4)
+    assert index.max_units == 4
 
 
 def test_reserving_less_changes_nothing():

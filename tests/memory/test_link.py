@@ -1,8 +1,10 @@
 """The link: whatever order the lanes run in, everybody finds what the program says he finds."""
 
 import random
+import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -245,3 +247,27 @@ class TestBuffers:
 def test_one_link_a_device() -> None:
     """Whoever asks gets the same one."""
     assert link_of(CPU) is link_of(torch.device("cpu"))
+
+
+def test_every_thread_has_a_link_of_its_own():
+    """Two threads that store and read at the same time find what they stored; one thread has one link a device."""
+
+    def work(number: int) -> tuple[Link, bool]:
+        link = link_of(CPU)
+        store = torch.empty(20, 2, 5, WIDTH)
+        same = link_of(CPU) is link
+        for turn in range(20):
+            rows = link.stage((2, 5, WIDTH), torch.float32)
+            meet.wait()
+            rows.fill_(100 * number + turn)
+            meet.wait()
+            link.send(rows, [(rows, store[turn])])
+        link.drain()
+        expected = 100 * number + torch.arange(20.0)[:, None, None, None].expand_as(store)
+        return link, same and torch.equal(store, expected)
+
+    meet = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as threads:
+        (one, is_right), (other, is_right_too) = threads.map(work, range(2))
+
+    assert is_right and is_right_too and one is not other

@@ -146,10 +146,10 @@ def test_bytes_that_are_none(options: dict[str, object], name: str):
 
 def test_room_is_left_empty():
     """A selection takes the budget; the slots behind it are for what comes before the next one."""
-    inputs, scores, units = random_units([[9, 9, 9], [9, 9, 1]])
+    scores, units = random_units([[9, 9, 9], [9, 9, 1]])
     selector = TopBudget(token_budget=5, room=3)
-    rows, count = selector.select(inputs, scores, units)
-    expected, counted = TopBudget(token_budget=5).select(inputs, scores, units)
+    rows, count = selector.select(INPUTS, scores, units)
+    expected, counted = TopBudget(token_budget=5).select(INPUTS, scores, units)
 
-    assert (selector.capacity, selector.capacity_in(inputs.layout)) == (5, 8)
+    assert (selector.capacity, selector.capacity_in(INPUTS.layout)) == (5, 8)
     assert torch.equal(count, counted) and torch.equal(rows[..., :5], expected) and bool((rows[..., 5:] == -1).all())

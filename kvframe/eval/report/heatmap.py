@@ -26,7 +26,8 @@ def heat_map(rows: Sequence[Row], base: str | None, name: str) -> Picture | None
     labels = list(dict.fromkeys(row.label for row in shown))
     tasks = list(dict.fromkeys((row.task, row.context) for row in shown))
     values = {(row.label, (row.task, row.context)): row.figures[name].mean for row in shown}
-    caption = f"{figure(name).label} of every variant on every task, at the largest budget"
+    label = figure(name).label
+    caption = f"{label[:1].upper()}{label[1:]} of every variant on every task, at the largest budget"
     width = _LABEL_WIDTH + _CELL_WIDTH * len(tasks)
     with drawing(width, 1.0 + _CELL_HEIGHT * len(labels)) as (made, axes):
         for column, task in enumerate(tasks):
