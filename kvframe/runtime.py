@@ -23,6 +23,7 @@ from kvframe.memory.slots import SlotMemory
 from kvframe.memory.survivors import Survivors
 from kvframe.memory.token_ids import TokenIds
 from kvframe.stages import SLOTS, Stage
+from kvframe.stages.selector import only_due
 from kvframe.stats import RetrievalStats
 from kvframe.types import (
     BlockInputs,
@@ -452,6 +453,7 @@ class RetrievalLayer(LayerRuntime):
             self.ledger.fit_units(num_closed + more)
             if self._index is not None:
                 self._index.fit(num_left + more)
+            self._reserve_estimated()
             starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
             self.memory.begin_decode()
@@ -504,6 +506,14 @@ class RetrievalLayer(LayerRuntime):
         self.ledger.reserve_units(num_units)
         if self._index is not None:
             self._index.reserve(num_units)
+        self._reserve_estimated()
+
+    def _reserve_estimated(self) -> None:
+        """A flag for every unit there is room for; one that comes is estimated until a selection says otherwise."""
+        if self._estimated is not None and self._estimated.shape[-1] <= self.ledger.max_units:
+            missing = self.ledger.max_units + 1 - self._estimated.shape[-1]
+            more = self._estimated.new_ones(*self._estimated.shape[:2], missing)
+            self._estimated = torch.cat([self._estimated, more], -1)
 
     def _append(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> tuple[StepInputs, Decision]:
         """Trigger, ledger and memory for one token of every sequence, the last of `lengths`; says who selects, and with
@@ -575,7 +585,7 @@ class RetrievalLayer(LayerRuntime):
         selection = made if isinstance(made, Selection) else Selection(*made)
         rows, count = selection.rows, selection.count
         if self._survivors is not None:
-            rows, count = self._survivors.among(rows)
+            rows, count = self._survivors.among(only_due(rows, count, inputs.due)[0])
         assert inputs.due is not None
         if selection.estimated is not None:
             self._set_estimated(selection.estimated, inputs.due)
@@ -583,12 +593,9 @@ class RetrievalLayer(LayerRuntime):
 
     def _set_estimated(self, estimated: Tensor, due: Tensor) -> None:
         """Units [B, H, U] that are estimated from now on, where a selection was due."""
-        max_units = self.ledger.max_units + 1
         if self._estimated is None:
-            self._estimated = torch.ones(*due.shape, max_units, dtype=torch.bool, device=due.device)
-        elif self._estimated.shape[-1] < max_units:
-            more = self._estimated.new_ones(*due.shape, max_units - self._estimated.shape[-1])
-            self._estimated = torch.cat([self._estimated, more], -1)
+            shape = (*due.shape, self.ledger.max_units + 1)
+            self._estimated = torch.ones(shape, dtype=torch.bool, device=due.device)
         own = self._estimated[..., : estimated.shape[-1]]
         own.copy_(torch.where(due[..., None], estimated, own))
 

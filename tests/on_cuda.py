@@ -6,6 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvframe
 from kvframe.registry import default_registry
+from kvframe.stages import SLOTS, Stage
+from kvframe.testing.small import small_options, with_dense_layers
 
 PROMPT, STEPS = 90, 40
 
@@ -57,5 +59,19 @@ def small(name: str, token_budget: int) -> kvframe.Policy:
         "token_budget": token_budget, "sink_size": 4, "window_size": 16, "cluster_size": 4, "page_size": 4,
         "dense_layers": (),
     }  # fmt: skip
-    known = {field.name for field in default_registry().policy_spec(name).config_cls.__attrs_attrs__}
-    return kvframe.policy(name, **{key: value for key, value in options.items() if key in known})
+    record = default_registry().policy_spec(name)
+    known = {**small_options(record.config_cls), **options}
+    names = {field.name for field in record.config_cls.__attrs_attrs__}
+    policy = kvframe.policy(name, **{key: value for key, value in known.items() if key in names})
+    return with_dense_layers(policy, ())
+
+
+def capturable_policies() -> list[str]:
+    """The names of policies whose stages all say that a CUDA graph can repeat them."""
+    names = [record.name for record in default_registry().policies()]
+    return [name for name in names if all(part.capturable for part in parts_of(small(name, 16)))]
+
+
+def parts_of(policy: kvframe.Policy) -> list[Stage]:
+    """Every stage of a policy, and those that they are made of."""
+    return [part for slot in SLOTS for part in policy.stage(slot).with_parts()]

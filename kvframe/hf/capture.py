@@ -67,7 +67,6 @@ class CapturedSteps:
         self._signature = signature(forward)
         self._recording: Recording | None = None
         self._warm: tuple[Any, ...] | None = None
-        self._pool: Any = None
         self._is_open = True
 
     def forget(self) -> None:
@@ -78,7 +77,6 @@ class CapturedSteps:
         """The run is over: give the graph's memory back."""
         self._is_open = False
         self.forget()
-        self._pool = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass. Raises NotAttachedError after `close`."""
@@ -179,11 +177,10 @@ class CapturedSteps:
         with outside_inference_mode():
             inputs = {name: tensor.clone() for name, tensor in step.inputs.items()}
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         still = Step(cache, inputs, step.settings, step.shape)
         try:
-            with cache.recording(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # A pool of memory for each recording: torch gives that of a graph up with the graph.
+            with cache.recording(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = self._run(still)
         except Exception as error:
             # Nothing has run, so the step can be taken as always.

@@ -1,7 +1,7 @@
 """The swaps there are: every member of a slot in one policy's place, and that policy's stages in the others."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import attrs
 from attrs import frozen
@@ -75,7 +75,7 @@ def swaps(registry: Registry, base: str = "louiskv", distribution: str | None = 
     into_base = [
         Swap(policy=base_policy, slot=slot, stage=stage, used_by=used_by)
         for slot in SLOTS
-        for stage, used_by in _members(registry, slot, policies, distribution)
+        for stage, used_by in _members(registry, slot, policies, distribution, base_policy)
         if stage != base_policy.stage(slot)
     ]
     from_base = [
@@ -111,16 +111,34 @@ def _same_paper(one: PolicyRecord, other: PolicyRecord) -> bool:
 
 
 def _members(
-    registry: Registry, slot: Slot, policies: dict[str, Policy], distribution: str | None
+    registry: Registry, slot: Slot, policies: dict[str, Policy], distribution: str | None, base: Policy
 ) -> list[tuple[Stage, tuple[str, ...]]]:
     """Every stage of a slot, and the policies that have it, in the order of their labels."""
     found: dict[Stage, list[str]] = {}
+    used = {type(part) for policy in policies.values() for part in policy.stage(slot).with_parts()}
     for record in registry.stages(slot):
         if distribution in (None, record.plugin.distribution):
+            # Where no policy says what a stage is made of, the base does.
+            parts = {} if record.stage in used else _needed_parts(record.stage, base)
             try:
-                found.setdefault(record.make(**_sizes_of(record.stage)), [])
+                found.setdefault(record.make(**_sizes_of(record.stage), **parts), [])
             except ConfigError:
                 continue  # it needs options, and comes with the policies that give them
     for name, policy in policies.items():
         found.setdefault(policy.stage(slot), []).append(name)
     return [(stage, tuple(names)) for stage, names in sorted(found.items(), key=lambda item: label_of(item[0]))]
+
+
+def _needed_parts(stage: type[Stage], base: Policy) -> dict[str, Stage]:
+    """The base's own stages for those that a stage has to be given."""
+    hints = get_type_hints(stage)
+    needed = {
+        attribute.name: hints.get(attribute.name)
+        for attribute in attrs.fields(stage)  # type: ignore[arg-type]
+        if attribute.default is attrs.NOTHING
+    }
+    return {
+        name: base.stage(hint.slot)
+        for name, hint in needed.items()
+        if isinstance(hint, type) and issubclass(hint, Stage)
+    }

@@ -4,21 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from on_cuda import PROMPT, generate, padded_prompt, small, tiny_model
+from on_cuda import PROMPT, capturable_policies, generate, padded_prompt, small, tiny_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import kvframe
 from kvframe import Policy
 from kvframe.errors import NotAttachedError
-from kvframe.registry import default_registry
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 
-POLICIES = [record.name for record in default_registry().policies()]
+POLICIES = capturable_policies()
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_a_published_policy_names_its_paper(record: PolicyRecord) -> None:
 
     assert record.spec.title is not None and record.spec.title.removeprefix(f"{record.name}: ") in about
     assert str(record.spec.year) in about and str(record.paper) in about
-    assert "- trigger: " in about and "scorer" in about
+    assert "- trigger" in about and "scorer" in about
 
 
 @pytest.mark.parametrize(

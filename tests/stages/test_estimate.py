@@ -12,10 +12,11 @@ from kvframe import EstimateRest, EveryStep, MeanKey, Policy, TokenUnits, TopBud
 from kvframe.errors import ConfigError, SlotError
 from kvframe.runtime import RetrievalLayer
 from kvframe.stages import UnitBuilder
-from kvframe.testing.cases import Case, Text, Turn, make_call, unit_positions
+from kvframe.testing.cases import Case, Text, Turn, assert_equal_traces, make_call, play, unit_positions
 from kvframe.testing.reference import causal_attention_over
-from kvframe.testing.strategies import cases
+from kvframe.testing.strategies import ScatteredTrigger, cases
 from kvframe.testing.strategies import stages as any_stage
+from kvframe_baselines.stages import EstimationZone
 
 EXECUTIONS = pytest.mark.parametrize("execution", ["dense", "offload"])
 
@@ -117,3 +118,16 @@ def test_a_part_that_is_none():
     """It stands before a selector, and before nothing else."""
     with pytest.raises(SlotError, match=r"EstimateRest\.selector must be a Selector, got MeanKey"):
         EstimateRest(selector=MeanKey())
+
+
+def test_units_of_a_later_turn():
+    """Units that come before the next selection are estimated like any other, the same in both executions."""
+    policy = estimating(TokenUnits(), 4, sink_size=0, window_size=1).swap(
+        trigger=ScatteredTrigger(seed=2), selector=EstimationZone(token_budget=4, estimated_share=0.3)
+    )
+    turns = (Turn(chunks=(20,), num_steps=2), Turn(chunks=(20,), num_steps=9), Turn(chunks=(9,), num_steps=5))
+    case = Case(padding=(0, 3), turns=turns)
+    text = case.text(case.layout())
+    dense, offload = (play(case.layer(policy, execution), text, case) for execution in ("dense", "offload"))
+
+    assert_equal_traces(dense, offload, 1e-10)
