@@ -495,7 +495,8 @@ class RetrievalLayer(LayerRuntime):
             self._index.regroup(batch, sources, entries, first, is_new)
             self._row_index.write(batch, start, *ordered, unit_ids, num_units)
         if self._estimated is not None:
-            own = self._estimated[batch]
+            # An earlier turn may have had room for more units than there is now.
+            own = self._estimated[batch, :, : sources.shape[1]]
             moved = own.gather(1, sources[:, : own.shape[1]].clamp(max=own.shape[1] - 1))
             own.copy_(moved | is_new[:, : own.shape[1]])
         memory.reorder(batch, start, units.order, rows)

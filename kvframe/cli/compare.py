@@ -119,25 +119,30 @@ def _read(paths: Sequence[Path]) -> "tuple[list[Row], dict[str, Any]]":
     """
     from kvframe.eval.compare import Row
 
-    lines = []
+    rows: list[Row] = []
+    found: list[dict[str, Any]] = []
     for path in paths:
         try:
-            lines += [json_.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}; expected a file that `kvframe compare --output` wrote") from error
-    if not lines:
-        raise ConfigError(f"{', '.join(map(str, paths))}: there are no figures")
-    for line in lines:
-        if line["conditions"] != lines[0]["conditions"]:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                made = json_.loads(line)
+                rows.append(Row(**made.pop("row")))
+                found.append({name: made[name] for name in ("environment", "conditions", "not_installed")})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise ConfigError(
-                f"figures of different conditions cannot share a table: {line['conditions']} and "
-                f"{lines[0]['conditions']}"
+                f"cannot read figures from {path}: {reason}; expected a file that `kvframe compare --output` wrote"
+            ) from error
+    if not rows:
+        raise ConfigError(f"{', '.join(map(str, paths))}: there are no figures")
+    for conditions in (each["conditions"] for each in found):
+        if conditions != found[0]["conditions"]:
+            raise ConfigError(
+                f"figures of different conditions cannot share a table: {conditions} and {found[0]['conditions']}"
             )
-    rows = [Row(**line.pop("row")) for line in lines]
     policies = list(dict.fromkeys(row.policy for row in rows))
     tasks = list(dict.fromkeys(row.task for row in rows))
     rows.sort(key=lambda row: (tasks.index(row.task), row.trigger != "every-step", policies.index(row.policy)))
-    return rows, lines[0]
+    return rows, found[0]
 
 
 def _show(rows: "Sequence[Row]", found: dict[str, Any], markdown: Path | None, json: bool) -> None:

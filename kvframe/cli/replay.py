@@ -34,7 +34,10 @@ def replay(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes to share the policies among.")] = 1,
-    model: Annotated[str | None, typer.Option(help="Make sure that the trace is one of this model.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Make sure that the trace is of this model, and fit policies to its vocabulary."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Append each policy's figures there as a line of JSON, as soon as they exist.")
     ] = None,
@@ -49,7 +52,9 @@ def replay(
     if model is not None:
         from kvframe.cli.models import load
 
-        recorded.check_model(load(model, quiet=json)[0])
+        loaded, tokenizer = load(model, quiet=json)
+        recorded.check_model(loaded)
+        wanted = [(label, policy.fitted(tokenizer)) for label, policy in wanted]
     rows = []
     with progress(f"replaying {len(wanted)} policies", quiet=json) as bar:
         for (label, _), found in zip(

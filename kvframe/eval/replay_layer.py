@@ -9,6 +9,7 @@ from torch import Tensor
 from kvframe.composition import Policy
 from kvframe.eval.oracle import Oracle
 from kvframe.memory.dense import DenseMemory, ShadowMemory
+from kvframe.memory.positions import RowPositions
 from kvframe.memory.token_ids import TokenIds
 from kvframe.runtime import RetrievalLayer
 from kvframe.stages import UnitBuilder
@@ -23,8 +24,10 @@ class ReplayMemory(ShadowMemory):
     """Measures as `ShadowMemory` does, against an oracle that was computed once, and attends as the policy would."""
 
     oracle: Oracle
-    row_positions: Tensor
-    """int64 [H, R]: the position of each row."""
+    positions: RowPositions
+    """Of the layer."""
+    row_positions: Tensor | None = None
+    """int64 [H, R]: the position of each row; None where that is to be asked anew."""
     step: int
     """Decode steps that were measured."""
     expected: Tensor
@@ -36,6 +39,8 @@ class ReplayMemory(ShadowMemory):
         self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         attended, oracle = self.attended()[0], self.oracle
+        if self.row_positions is None:
+            self.row_positions = self.positions.of(0, self.keys.shape[2])
         weights = oracle.weights[self.step].gather(-1, self.row_positions)
         ranks = oracle.ranks[self.step].gather(-1, self.row_positions)
         count = attended.sum(-1, keepdim=True)
@@ -45,6 +50,14 @@ class ReplayMemory(ShadowMemory):
         self.expected = oracle.out[self.step]
         self.step += 1
         return DenseMemory.attend(self, query, tail, extra)
+
+    def store_block(self, batch: int, start: int, rows: Tensor) -> None:
+        super().store_block(batch, start, rows)
+        self.row_positions = None
+
+    def reorder(self, batch: int, start: int, order: Tensor, rows: Tensor) -> None:
+        super().reorder(batch, start, order, rows)
+        self.row_positions = None
 
     def _attend_where(
         self,
@@ -94,7 +107,7 @@ class ReplayLayer(RetrievalLayer):
             layout, self.ledger, capacity, policy.selector.capacity_in(layout), policy.transfer.codec(layout)
         )
         memory.oracle, memory.step = oracle, 0
-        memory.row_positions = self.positions.of(0, capacity)
+        memory.positions = self.positions
         memory.oracle_mass = torch.zeros_like(memory.captured_mass)
         self.memory = memory
 
@@ -102,7 +115,6 @@ class ReplayLayer(RetrievalLayer):
         """Prompt tokens [1, ..., T, ...], all of them real."""
         num_tokens = keys.shape[2]
         self.prompt(query, keys, values, [num_tokens], num_tokens)
-        self.memory.row_positions = self.positions.of(0, self.capacity)
 
     def _attend_in_full(
         self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_tail: int, ahead: Any

@@ -34,11 +34,31 @@ def test_each_figure_is_kept(call: tuple[object, ...], run: Run, tmp_path: Path)
     shown = [line for line in result.stdout.splitlines() if " KL " in line]
 
     assert len(lines) == 2 * 2 * 2 == len(shown)
-    for line, text in zip(lines, shown):
-        assert line["haystack"] == "words.txt" and line["context"] == 600
+    for found, text in zip(lines, shown):
+        line = found["row"]
+        assert found["conditions"]["haystack"] == "words.txt" and found["conditions"]["context"] == 600
         assert text.split()[:4] == [line["task"], line["trigger"], "64", line["policy"]]
         assert f"KL {line['kl']:.4f} " in text
         assert f"| {line['policy']} | {line['kl']:.4f} |" in page.read_text()
+
+
+def test_figures_of_several_files(call: tuple[object, ...], run: Run, run_json: RunJson, fails: Fails, tmp_path: Path):
+    """Made one by one they give the tables that they give together; nothing runs, and nothing else is mixed in."""
+    files = [tmp_path / name for name in ("one", "other", "odd")]
+    common = (*call, "--budgets", "64", "--tasks", "copy", "--triggers", "own")
+    together = run_json(*common, "--policies", "oracle_topk,window")
+    for policy, path in zip(("oracle_topk", "window"), files):
+        run(*common, "--policies", policy, "--output", path)
+    run(*common, "--policies", "window", "--output", files[2], "--seed", 1)
+
+    assert run_json("compare", "--from", files[0], "--from", files[1])["rows"] == together["rows"]
+    assert "figures of different conditions" in fails("compare", "--from", files[0], "--from", files[2])
+    files[1].write_text('{"row": {}}\n')
+    files[2].write_text("")
+    for path, reason in ((files[1], "KeyError"), (tmp_path / "none", "No such file"), (tmp_path / "words.txt", "JSON")):
+        message = fails("compare", "--from", path)
+        assert "cannot read figures from" in message and reason in message
+    assert "there are no figures" in fails("compare", "--from", files[2])
 
 
 def test_json(call: tuple[object, ...], run_json: RunJson) -> None:
