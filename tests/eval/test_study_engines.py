@@ -20,7 +20,7 @@ import kvframe.eval
 from kvframe.eval.engine import make_engine
 from kvframe.eval.metrics import METRICS
 from kvframe.eval.outcome import Outcome
-from kvframe.eval.running import run_study
+from kvframe.eval.running import Results, run_study
 from kvframe.eval.store import read_outcomes
 from kvframe.eval.study import Cell
 from kvframe.eval.studyfile import StudyFile
@@ -71,10 +71,19 @@ class Log:
 # ---- in this process ------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_figures(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """A small study that has been run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = run_study(small_study(model), tmp_path_factory.mktemp("first") / "a.sqlite", engine=make_engine("inline"))
+    torch.set_num_threads(before)
+    return found
+
+
+def test_same_seed_same_figures(model: Path, first: Results, tmp_path: Path) -> None:
     """Twice from nothing: the same table. Once more: nothing is left to do."""
     study = small_study(model)
-    first = run_study(study, tmp_path / "a.sqlite", engine=make_engine("inline"))
     second = run_study(study, tmp_path / "b.sqlite", engine=make_engine("inline"))
     log = Log()
     third = run_study(study, tmp_path / "b.sqlite", engine=make_engine("inline"), observer=log)
@@ -84,16 +93,15 @@ def test_same_seed_same_figures(model: Path, tmp_path: Path) -> None:
     assert log.events == []
 
 
-def test_figures_say_what_they_should(model: Path, tmp_path: Path) -> None:
+def test_figures_say_what_they_should(first: Results) -> None:
     """Full attention is no distance from itself; a selection at every step attends to what its budget says."""
-    found = run_study(small_study(model), tmp_path / "results.sqlite", engine=make_engine("inline"))
-    rows = {(cell.label, cell.budget): outcome.figures or {} for cell, outcome in found.done()}
+    rows = {(cell.label, cell.budget): outcome.figures or {} for cell, outcome in first.done()}
 
     assert rows["full", None]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows["full", None]["score"] == rows["full", None]["score_full"]
     assert rows["trigger: every-step", 32]["retrieval_rate"] == 1 > rows["rarely", 32]["retrieval_rate"] > 0
     assert rows["louiskv", 32]["attended_total"] - rows["louiskv", 16]["attended_total"] == pytest.approx(16, abs=8)
-    watched = {cell.label: outcome.figures or {} for cell, outcome in found.done("watch")}
+    watched = {cell.label: outcome.figures or {} for cell, outcome in first.done("watch")}
     assert len({tuple(each["tokens"]) for each in watched.values()}) == 1
     rarely = watched["rarely"]
     assert [sum(step) for step in zip(*rarely["fires"], strict=True)] == [2.0] + [0.0] * 7 + [2.0] + [0.0] * 3

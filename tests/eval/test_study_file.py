@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from kvframe.cli.app import app
 from kvframe.errors import StudyFileError
+from kvframe.eval.store import Store
 from kvframe.eval.studyfile import MODULE, StudyFile
 
 STUDY = """
@@ -206,7 +207,7 @@ def test_results_of_another_format(study: Path) -> None:
     import sqlite3
 
     path = study.with_suffix(".results.sqlite")
-    run("ablate", study, "--engine", "inline", "--json")
+    Store(path).close()
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 99")
     database.close()
