@@ -59,8 +59,5 @@ def kvframe_policies() -> Iterable[PolicySpec]:
             name=LouisKVPlusConfig.policy_name,
             config_cls=LouisKVPlusConfig,
             build=build_louiskv_plus,
-            paper=PAPER,
-            title=TITLE,
-            year=2025,
         )
     ]
