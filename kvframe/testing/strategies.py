@@ -165,10 +165,13 @@ class ScatteredTrigger(Trigger):
         return Decision(due=due)
 
 
-def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
+def compositions(*, registered: bool = False, plain: bool = False) -> SearchStrategy[Policy]:
     """LouisKV with any stage in any slot; unless all are to be registered ones, perhaps with a trigger whose heads
-    decide on their own."""
-    choices = {slot: stages(slot) for slot in SLOTS}
+    decide on their own.
+
+    plain: only stages that waive no promise, and that retrieve where they are due and at no other time.
+    """
+    choices = {slot: stages(slot).filter(_is_plain) if plain else stages(slot) for slot in SLOTS}
     if not registered:
         choices["trigger"] |= st.builds(ScatteredTrigger, seed=st.integers(0, 100))
     changes: SearchStrategy[dict[Any, Any]] = st.fixed_dictionaries({}, optional=choices)
@@ -178,6 +181,13 @@ def compositions(*, registered: bool = False) -> SearchStrategy[Policy]:
         .filter(lambda policies: len(policies) > 0)
         .map(lambda policies: policies[0])
     )
+
+
+def _is_plain(stage: Stage) -> bool:
+    """Does a step attend to sinks, window and what was selected, as it was stored?"""
+    if isinstance(stage, Trigger) and (stage.selects_ahead or stage.attends_in_full):
+        return False
+    return not any(part.waives for part in stage.with_parts())
 
 
 def _swapped(policy: Policy, changes: dict[Any, Any]) -> tuple[Policy, ...]:

@@ -32,7 +32,7 @@ def full_weights(text: Text, case: Case, layout: LayerLayout, column: int, batch
     return torch.stack([torch.softmax(row, 0) for row in products]).mean(0)
 
 
-@given(policy=compositions(), case=cases())
+@given(policy=compositions(plain=True), case=cases())
 def test_what_it_measures(policy: Policy, case: Case):
     """The attended positions' share of the softmax, and of the top positions of the same number; summed over steps."""
     layer = case.layer(policy, "shadow")

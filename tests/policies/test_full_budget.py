@@ -27,7 +27,7 @@ def fires_at_first(trigger: Trigger) -> bool:
 
 
 @pytest.mark.parametrize("execution", ["dense", "offload"])
-@given(policy=compositions(), case=cases(max_prompt=40))
+@given(policy=compositions(plain=True), case=cases(max_prompt=40))
 def test_layer(execution: str, policy: Policy, case: Case):
     """Any trigger that fires at the first step, with any other stages, attends to everything at every step."""
     assume(fires_at_first(policy.trigger))
@@ -43,7 +43,7 @@ def test_layer(execution: str, policy: Policy, case: Case):
 
 
 @pytest.mark.parametrize("execution", ["dense", "offload"])
-@given(policy=compositions(), case=cases(max_prompt=40))
+@given(policy=compositions(plain=True), case=cases(max_prompt=40))
 def test_prompts_are_attended_in_full(execution: str, policy: Policy, case: Case):
     """Whatever the policy and its budget, a prompt's and a later turn's tokens see all tokens before them."""
     layer = case.layer(policy, execution)

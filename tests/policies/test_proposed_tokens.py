@@ -85,7 +85,7 @@ def expected_outputs(text: Text, case: Case, layer: RetrievalLayer, column: int,
 
 
 @EXECUTIONS
-@given(policy=compositions(), case=short_cases(), num_tokens=st.integers(1, 6))
+@given(policy=compositions(plain=True), case=short_cases(), num_tokens=st.integers(1, 6))
 def test_outputs_of_proposed_tokens(execution: str, policy: Policy, case: Case, num_tokens: int):
     """Each proposed token sees what the call's first token selected, and the proposed tokens up to itself."""
     layer, text, column = warm(case, policy, execution)
