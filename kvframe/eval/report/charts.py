@@ -113,12 +113,17 @@ def _line(axes: "Axes", points: Sequence[Point], line: Line) -> None:
 
 def _scale(axes: "Axes", goal: str, cost: str, points: Sequence[Point]) -> None:
     if goal == "score":
-        axes.set_ylim(min(-0.03, *(point.low for point in points)), 1.05)
+        # Intervals of two or three seeds reach far beyond what a score can be; they are cut, not the points.
+        axes.set_ylim(-0.03, 1.05)
         percent(axes.yaxis)
     else:
         positive = [point.y for point in points if point.y > 0]
-        if positive and max(positive) > 20 * min(positive):
+        highest = max(point.y for point in points)
+        if positive and highest > 20 * min(positive):
             axes.set_yscale("symlog", linthresh=min(positive))
+            axes.set_ylim(0 if len(positive) < len(points) else min(positive) / 2, 2 * highest)
+        else:
+            axes.set_ylim(-0.05 * highest, 1.15 * highest or 1.0)
     if cost == "attended_total":
         whole_numbers(axes.xaxis)
         return
