@@ -188,12 +188,12 @@ class Case:
         return make_text(layout, self.num_tokens, self.seed if seed is None else seed, self.padding)
 
     def token_ids(self) -> TokenIds:
-        """Ids of all tokens; the same at the same position of every row, so that a row alone has those that it has in
-        the batch."""
-        generator = torch.Generator().manual_seed(self.seed)
-        ids = torch.randint(0, 8, (1, self.num_tokens), generator=generator).expand(self.batch_size, -1)
+        """Ids of all tokens, and of some that a test may add; the same at the same position of every row, so that a row
+        alone has those that it has in the batch."""
+        generator, num_ids = torch.Generator().manual_seed(self.seed), self.num_tokens + 64
+        ids = torch.randint(0, 8, (1, num_ids), generator=generator).expand(self.batch_size, -1)
         tokens = TokenIds(self.batch_size, ids.device)
-        tokens.enter(ids, [0] * self.batch_size, [self.num_tokens] * self.batch_size)
+        tokens.enter(ids, [0] * self.batch_size, [num_ids] * self.batch_size)
         return tokens
 
     def layer(self, policy: Policy, execution: Execution, **changes: Any) -> RetrievalLayer:

@@ -19,7 +19,7 @@ from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.options import option_names
 from kvframe.registry import PolicyRecord, Registry, StageRecord, default_registry
-from kvframe.stages import SLOTS, MeanKey, Selector, Stage, Trigger
+from kvframe.stages import SLOTS, MeanKey, Scorer, Selector, Stage, Trigger
 from kvframe.testing.cases import Case, Turn
 from kvframe.testing.small import with_dense_layers
 from kvframe.types import Decision, LayerLayout, StepInputs
@@ -187,6 +187,8 @@ def _is_plain(stage: Stage) -> bool:
     """Does a step attend to sinks, window and what was selected, as it was stored?"""
     if isinstance(stage, Trigger) and (stage.selects_ahead or stage.attends_in_full):
         return False
+    if isinstance(stage, Scorer) and (stage.num_notes or type(stage).init is not Scorer.init):
+        return False  # its scores depend on more than what is stored
     return not any(part.waives for part in stage.with_parts())
 
 

@@ -1,5 +1,6 @@
 """`kvframe matrix`."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ def test_matrix(run_json: Callable[..., Any], tmp_path: Path) -> None:
     assert found["base"] == "oracle_topk"
     assert {row["outcome"] for row in found["swaps"]} <= {"runs", "refused"}
     rows = {(row["policy"], row["slot"], row["stage"]): row for row in found["swaps"]}
-    assert rows["oracle_topk", "scorer", "bounding-box"]["used_by"] == ["quest"]
+    assert "quest" in rows["oracle_topk", "scorer", "bounding-box"]["used_by"]
     assert rows["quest", "units", "tokens"]["rows_recalled"] > 0
-    assert "| scorer | `bounding-box` | `quest` | runs |" in page.read_text(encoding="utf-8")
+    assert re.search(r"\| scorer \| `bounding-box` \| .*`quest`.* \| runs \|", page.read_text(encoding="utf-8"))
 
 
 def test_matrix_of_no_policy(fails: Callable[..., str]) -> None:
