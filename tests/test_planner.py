@@ -116,19 +116,30 @@ def test_bytes_are_those_of_a_layer():
     assert found.host_bytes == 3 * host_bytes_needed(layer.layout, policy, 700)
 
 
+def runs_alone(policy: Policy) -> bool:
+    """Whether a layer needs neither token ids nor what other layers publish."""
+    return not policy.needs_token_ids and not policy.scorer.sources
+
+
 # LouisKV's published settings differ in sizes alone, which small policies have in common.
-DISTINCT = [record for record in policy_records() if not record.name.startswith("louiskv-")]
+DISTINCT = [
+    record for record in policy_records() if not record.name.startswith("louiskv-") and runs_alone(small_policy(record))
+]
 
 
 @pytest.mark.parametrize("chunk", [600, 100])
 @pytest.mark.parametrize("record", DISTINCT, ids=record_id)
 def test_no_layer_takes_more(record: PolicyRecord, chunk: int):
-    """Whatever the policy: slots are exact, and the index never takes more than was planned."""
+    """Whatever the policy: slots are exact, and the index never takes more than was planned. A transfer that drops has
+    let go of the prompt by then, which was planned for."""
     policy = small_policy(record).swap(dense_layers=())
     layer = run_layer(policy, context=600, max_new_tokens=50, chunk=chunk)
     found = plan_memory(SMALL, policy, context=600, max_new_tokens=50, batch_size=1, chunk=chunk)
 
-    assert found.slots + found.pool_on_gpu == 3 * layer.device_bytes()
+    if policy.transfer.drops:
+        assert found.slots < 3 * layer.device_bytes() < found.slots + found.pool_on_gpu
+    else:
+        assert found.slots + found.pool_on_gpu == 3 * layer.device_bytes()
     assert 3 * layer.index_bytes() <= found.index
     assert found.pool_on_host == 3 * layer.host_bytes()
 

@@ -122,14 +122,14 @@ def _layer_index_bytes(shape: ModelShape, policy: Policy, num_rows: int, num_uni
     flag; and for each row a bit, what the selector keeps of it, what the scorer notes, and whether it is left."""
     num_heads = batch_size * shape.num_kv_heads
     counters = NUM_COUNTS * torch.int64.itemsize
-    boundaries = (num_units + 2) * torch.int64.itemsize + (num_units + 1) * torch.bool.itemsize
+    boundaries = (num_units + 2) * torch.int32.itemsize + (num_units + 1) * torch.bool.itemsize
+    noted = policy.scorer.num_notes * torch.float32.itemsize + policy.transfer.drops * torch.bool.itemsize
     if not policy.selector.capacity:
-        return num_heads * (counters + boundaries)  # nothing can be selected, so nothing is scored
+        return num_heads * (counters + boundaries + num_rows * noted)  # nothing can be selected, so nothing is scored
     layout = shape.layout(batch_size)
     marks = -(-num_rows // 32) * torch.int32.itemsize
     column = UnitIndex(layout, policy.scorer).nbytes()  # an empty one has a single column
     row = RowIndex(layout, policy.selector, 0).nbytes()
-    noted = policy.scorer.num_notes * torch.float32.itemsize + policy.transfer.drops * torch.bool.itemsize
     return (
         num_heads * (counters + boundaries + marks + num_rows * noted) + (num_units + 1) * column + (num_rows + 1) * row
     )

@@ -1,6 +1,6 @@
 """Registered stages and policies, small enough for a short text to go through everything they do."""
 
-from typing import Any
+from typing import Any, Literal
 
 from kvframe.composition import Policy
 from kvframe.options import option_names
@@ -58,10 +58,10 @@ def small_policy(record: PolicyRecord) -> Policy:
     return with_dense_layers(record.make(**small_options(record.config_cls)), ())
 
 
-def with_dense_layers(policy: Policy, layers: tuple[int, ...]) -> Policy:
+def with_dense_layers(policy: Policy, layers: tuple[int, ...] | Literal["all"]) -> Policy:
     """The policy with these dense layers, and those that its scorer needs; as it is where all layers are dense."""
-    if policy.dense_layers == "all":
-        return policy
+    if policy.dense_layers == "all" or layers == "all":
+        return policy.swap(dense_layers="all")
     sources = policy.scorer.sources
     needed = {*range(sources[0]), *sources} if sources else set()
     return policy.swap(dense_layers=tuple(sorted(needed.union(layers))))
