@@ -117,8 +117,13 @@ def variant(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.syspath_prepend(folder)
         return folder
 
-    default_registry.cache_clear()
+    forget_modules()
     yield install
+    forget_modules()
+
+
+def forget_modules() -> None:
+    """Whatever was imported of the package, here or by other tests, is imported anew."""
     default_registry.cache_clear()
     for module in list(sys.modules):
         if module.partition(".")[0] in (MODULE, "rival"):

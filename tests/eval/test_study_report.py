@@ -62,7 +62,9 @@ def test_the_page_needs_nothing_else(report: Path, results: Results) -> None:
 
     for outside in ("<link", "<img", "src=", "url(http", "@import", "https://"):
         assert outside not in page.replace("http://www.w3.org", "")
-    assert socket.gethostname() not in page and str(Path(results.study.model).parent) not in page
+    # A name of a few letters may stand in any text.
+    assert len(socket.gethostname()) < 5 or socket.gethostname() not in page
+    assert str(Path(results.study.model).parent) not in page
     assert os.path.expanduser("~") + "/" not in page
     assert "Tiny &amp; &lt;small&gt;" in page and "a &lt;b&gt;bad&lt;/b&gt; thing" in page
     assert len(page) < 3_000_000
