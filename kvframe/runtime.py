@@ -35,6 +35,7 @@ from kvframe.types import (
     PromptInputs,
     Selection,
     StepInputs,
+    Units,
     UnitTable,
 )
 from kvframe_kernels.kmeans import write_in_order
@@ -342,17 +343,25 @@ class RetrievalLayer(LayerRuntime):
         num_units = units.sizes.shape[1]
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
+        entries = self._summarise(batch, start, rows, units)
+        if self._index is not None:
+            self._index.write(batch, columns, entries)
+        self.memory.store_block(batch, start, rows)
+        self.positions.add_block(batch, start, units.order)
+
+    def _summarise(self, batch: int, start: int, rows: Tensor, units: Units) -> dict[str, Tensor]:
+        """Rows [H, n, D + Dv] lie in the order of units now: what was noted of their tokens moves along, what is kept
+        of rows is made, and what stands for the units is given back; nothing where nothing can be selected."""
         notes = None
         if self._notes is not None:
             self._notes.reorder(batch, start, units.order)
-            notes = self._notes.of(batch, start, start + keys.shape[1])
-        if self._index is not None:
-            unit_ids = units.ids()
-            ordered = rows[..., : keys.shape[-1]], rows[..., keys.shape[-1] :]
-            self._index.write(batch, columns, self.policy.scorer.index_noted(*ordered, unit_ids, num_units, notes))
-            self._row_index.write(batch, start, *ordered, unit_ids, num_units)
-        self.memory.store_block(batch, start, rows)
-        self.positions.add_block(batch, start, units.order)
+            notes = self._notes.of(batch, start, start + rows.shape[1])
+        if self._index is None:
+            return {}
+        unit_ids, num_units = units.ids(), units.sizes.shape[1]
+        ordered = rows[..., : self.layout.head_dim], rows[..., self.layout.head_dim :]
+        self._row_index.write(batch, start, *ordered, unit_ids, num_units)
+        return self.policy.scorer.index_noted(*ordered, unit_ids, num_units, notes)
 
     def _block_inputs(self, batch: int, start: int, stop: int) -> BlockInputs:
         return BlockInputs(
@@ -484,16 +493,9 @@ class RetrievalLayer(LayerRuntime):
         rows = memory.stage(stop - start)
         write_in_order(read[..., :width], read[..., width:], units.order, rows)
         first, sources, is_new = self.ledger.regroup(batch, start, stop, units)
-        notes = None
-        if self._notes is not None:
-            self._notes.reorder(batch, start, units.order)
-            notes = self._notes.of(batch, start, stop)
+        entries = self._summarise(batch, start, rows, units)
         if self._index is not None:
-            unit_ids, num_units = units.ids(), units.sizes.shape[1]
-            ordered = rows[..., :width], rows[..., width:]
-            entries = self.policy.scorer.index_noted(*ordered, unit_ids, num_units, notes)
             self._index.regroup(batch, sources, entries, first, is_new)
-            self._row_index.write(batch, start, *ordered, unit_ids, num_units)
         if self._estimated is not None:
             # An earlier turn may have had room for more units than there is now.
             own = self._estimated[batch, :, : sources.shape[1]]
@@ -581,8 +583,7 @@ class RetrievalLayer(LayerRuntime):
         if self._survivors is not None:
             gone = ~self._survivors.units(units.offsets, units.max_units)
             scores = scores.masked_fill(gone, -math.inf)
-        made = policy.selector.select(inputs, scores, units)
-        selection = made if isinstance(made, Selection) else Selection(*made)
+        selection = Selection.of(policy.selector.select(inputs, scores, units))
         rows, count = selection.rows, selection.count
         if self._survivors is not None:
             rows, count = self._survivors.among(only_due(rows, count, inputs.due)[0])

@@ -163,6 +163,11 @@ class Selection:
     """bool [B, H, U]: the units whose tokens, as far as they are not attended, enter attention as one estimate; None
     where nothing is estimated."""
 
+    @classmethod
+    def of(cls, made: "Selection | tuple[Tensor, Tensor]") -> "Selection":
+        """What a selector gave, which may be rows and count alone."""
+        return made if isinstance(made, Selection) else cls(*made)
+
 
 @frozen(kw_only=True, eq=False)
 class Units:

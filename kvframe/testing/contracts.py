@@ -213,8 +213,7 @@ def _check_selector(selector: Selector, case: Case) -> None:
     kept = {name: rows.view(*heads, *rows.shape[1:]) for name, rows in rows_kept.items()}
     index = {"mean_key": torch.zeros(*heads, max_units, layout.head_dim, dtype=layout.dtype)}
     units = UnitTable(offsets=offsets, num_units=counts, max_units=max_units, index=index, row_index=kept)
-    made: Any = selector.select(_inputs(case, layout), scores, units)
-    selection = made if isinstance(made, Selection) else Selection(*made)
+    selection = Selection.of(selector.select(_inputs(case, layout), scores, units))
     capacity = selector.capacity_in(layout)
     _require_tensor("select: rows", selection.rows, (*heads, capacity), (torch.int64,))
     _require_tensor("select: count", selection.count, heads, (torch.int64,))

@@ -56,8 +56,7 @@ class TopP(Selector):
         return {**self.selector.row_index(keys, values, centres), **sketch}
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection:
-        made = self.selector.select(inputs, scores, units)
-        made = made if isinstance(made, Selection) else Selection(*made)
+        made = Selection.of(self.selector.select(inputs, scores, units))
         rows, count = only_due(made.rows, made.count, inputs.due)
         places = torch.arange(rows.shape[-1], device=rows.device)
         weights = self._weights(inputs, rows, places < count[..., None], units)
