@@ -15,19 +15,18 @@ from attrs import frozen
 
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
-from kvframe.stages import Drop, Once, TokenUnits
-from kvframe_baselines.stages import PyramidBudget, WindowAttention
+from kvframe_baselines.snapkv import SnapKVConfig, compose
+from kvframe_baselines.stages import PyramidBudget
 
 
 @frozen(kw_only=True)
-class PyramidKVConfig:
+class PyramidKVConfig(SnapKVConfig):
     """PyramidKV: what the end of the prompt attends to, more of it in lower layers."""
 
     token_budget: int = 1024
     """Tokens that a head keeps of the prompt, on average over the layers."""
     beta: int = 20
     """How many times more the mean is than the top layer's budget."""
-    sink_size: int = 0
     window_size: int = 65
     """At the first step, the observing tokens and the one generated."""
     observation_window: int = 64
@@ -36,27 +35,12 @@ class PyramidKVConfig:
     """Neighbouring tokens that are pooled; odd."""
     pooling: Literal["max", "mean"] = "mean"
     """What becomes of neighbours: the largest of them, or their mean."""
-    room: int = 1024
-    """Generated tokens that are kept besides the window."""
-    dense_layers: tuple[int, ...] | Literal["all"] = ()
-    """Layers that keep their whole KV on the device."""
 
 
 def build_pyramidkv(config: PyramidKVConfig) -> Policy:
     """The policy that a config stands for."""
-    return Policy(
-        name="pyramidkv",
-        trigger=Once(),
-        units=TokenUnits(),
-        scorer=WindowAttention(
-            observation_window=config.observation_window, kernel_size=config.kernel_size, pooling=config.pooling
-        ),
-        selector=PyramidBudget(token_budget=config.token_budget, beta=config.beta, room=config.room),
-        transfer=Drop(),
-        sink_size=config.sink_size,
-        window_size=config.window_size,
-        dense_layers=config.dense_layers,
-    )
+    selector = PyramidBudget(token_budget=config.token_budget, beta=config.beta, room=config.room)
+    return compose("pyramidkv", config, selector)
 
 
 POLICIES = (

@@ -27,7 +27,7 @@ from attrs import frozen
 
 from kvframe.composition import Policy
 from kvframe.hookspecs import PolicySpec
-from kvframe.stages import Drop, Once, TokenUnits, TopBudget
+from kvframe.stages import Drop, Once, Selector, TokenUnits, TopBudget
 from kvframe_baselines.stages import WindowAttention
 
 
@@ -53,14 +53,19 @@ class SnapKVConfig:
 
 def build_snapkv(config: SnapKVConfig) -> Policy:
     """The policy that a config stands for."""
+    return compose("snapkv", config, TopBudget(token_budget=config.token_budget, room=config.room))
+
+
+def compose(name: str, config: SnapKVConfig, selector: Selector) -> Policy:
+    """SnapKV with another selector, which is all that some later papers change."""
     return Policy(
-        name="snapkv",
+        name=name,
         trigger=Once(),
         units=TokenUnits(),
         scorer=WindowAttention(
             observation_window=config.observation_window, kernel_size=config.kernel_size, pooling=config.pooling
         ),
-        selector=TopBudget(token_budget=config.token_budget, room=config.room),
+        selector=selector,
         transfer=Drop(),
         sink_size=config.sink_size,
         window_size=config.window_size,
