@@ -8,10 +8,9 @@ from kvframe.bench.forced import force
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.options import option_names
-from kvframe.stages import EveryStep, HostPool, MeanKey, PageUnits, TopBudget
+from kvframe.stages import EveryStep
 
 STOCK = ("dynamic-cache", "offloaded-cache")
-_PAGE_SIZE = 16
 
 
 @frozen(kw_only=True)
@@ -101,27 +100,13 @@ def make_policy(
 
 
 def policy_by_name(name: str, sizes: Sizes) -> Policy:
-    """A registered policy in these sizes; a per-step page policy as "quest" where none of that name is registered.
+    """A registered policy in these sizes.
 
     Raises UnknownNameError for a name that no plugin brings.
     """
     from kvframe.registry import default_registry
 
-    registry = default_registry()
-    if name == "quest" and name not in {record.name for record in registry.policies()}:
-        # What all per-step page policies share; their scores differ, which costs about the same.
-        return Policy(
-            name="quest",
-            trigger=EveryStep(),
-            units=PageUnits(page_size=_PAGE_SIZE),
-            scorer=MeanKey(),
-            selector=TopBudget(token_budget=sizes.token_budget),
-            transfer=HostPool(),
-            sink_size=sizes.sink_size,
-            window_size=sizes.window_size,
-            dense_layers=sizes.dense_layers,
-        )
-    record = registry.policy_spec(name)
+    record = default_registry().policy_spec(name)
     wanted: dict[str, Any] = {
         "sink_size": sizes.sink_size,
         "token_budget": sizes.token_budget,
