@@ -141,7 +141,8 @@ def test_failures_are_kept(model: Path, tmp_path: Path) -> None:
 # ---- in workers -----------------------------------------------------------------------------------------------------
 
 # The study file itself brings a task and a stage, which workers have to find. What the environment says is no part of
-# a cell, so that a slow and deadly run can be held against a quick one.
+# a cell, so that a slow and deadly run can be held against a quick one. A child of the process that a file beside the
+# log names never comes to its end: whoever kills that process kills it at work.
 STUDY = """
 import os, signal, time
 from typing import ClassVar
@@ -161,6 +162,8 @@ class Logged(Copy):
             file.write(f"{{seed}} {{os.getppid()}}\\n")
         if str(seed) == os.environ.get("DEADLY_SEED"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.path.exists(doomed := self.log + ".doomed") and open(doomed).read() == str(os.getppid()):
+            time.sleep(600)
         time.sleep(float(os.environ.get("SECONDS_EACH", "0")))
         return super().make(tokenizer, context_tokens, seed, haystack)
 
@@ -296,6 +299,7 @@ def test_a_node_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.
     doomed = cluster.add_node(num_cpus=1)
     # Whoever runs a cell is a child of the node's own process.
     parent = str(doomed.all_processes["raylet"][0].process.pid)
+    (tmp_path / "log.doomed").write_text(parent)
     log, killed = Log(), threading.Event()
 
     def kill() -> None:
