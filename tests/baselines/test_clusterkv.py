@@ -111,6 +111,6 @@ def test_published_defaults():
 
     assert (policy.sink_size, policy.selector.capacity, policy.dense_layers) == (16, 1024, (0, 1))
     clusters = policy.units.by
-    assert policy.units.regroup_size == policy.units.block_size == policy.window_size == clusters.cluster_size * 4 == 320
+    assert policy.units.regroup_size == policy.window_size == clusters.cluster_size * 4 == 320
     assert clusters.block_size is None is clusters.split_factor and policy.units.units == clusters
     assert policy.trigger == kvframe.EveryStep()
