@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvframe.memory.columns import Columns
 from kvframe.stages.scorer import Scorer
 from kvframe.stages.selector import Selector
 from kvframe.types import LayerLayout, LeavingUnits
@@ -13,34 +14,28 @@ class UnitIndex:
     """Named tensors [B, H, max_units + 1, ...]; the scorer says which, and there may be none."""
 
     def __init__(self, layout: LayerLayout, scorer: Scorer) -> None:
-        self._heads = (layout.batch_size, layout.num_kv_heads)
         no_keys = torch.zeros(1, 1, layout.head_dim, dtype=layout.dtype, device=layout.device)
         no_values = torch.zeros(1, 1, layout.value_dim, dtype=layout.dtype, device=layout.device)
         sample = scorer.index(no_keys, no_values, torch.zeros(1, 1, dtype=torch.int64, device=layout.device), 1)
-        self.tensors = {
-            name: torch.zeros(*self._heads, 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
-            for name, entry in sample.items()
-        }
+        self._columns = Columns((layout.batch_size, layout.num_kv_heads), sample, 0)
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
         self.max_units = 0
         """Units there is room for; counted, because a scorer may go by its notes alone and keep no tensors."""
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return self._columns.tensors
+
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
         self.max_units = max(self.max_units, max_units)
-        for name, tensor in self.tensors.items():
-            missing = max_units + 1 - tensor.shape[2]
-            if missing > 0:
-                more = tensor.new_zeros(*self._heads, missing, *tensor.shape[3:])
-                self.tensors[name] = torch.cat([tensor, more], 2)
+        self._columns.reserve(max_units)
 
     def fit(self, max_units: int) -> None:
         """Have room for just this many units a head."""
         self.max_units = max_units
-        for name, tensor in self.tensors.items():
-            if tensor.shape[2] > max_units + 1:
-                self.tensors[name] = tensor[:, :, : max_units + 1].clone()
-        self.reserve(max_units)
+        self._columns.fit(max_units)
 
     def write(self, batch: int, columns: Tensor, entries: dict[str, Tensor]) -> None:
         """Entries [H, U, ...] of one sequence into columns [H, U]."""
@@ -69,7 +64,7 @@ class UnitIndex:
 
     def nbytes(self) -> int:
         """Device memory held."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return self._columns.nbytes()
 
 
 def _spread(places: Tensor, states: Tensor) -> Tensor:
@@ -83,22 +78,19 @@ class RowIndex:
     belongs nowhere."""
 
     def __init__(self, layout: LayerLayout, selector: Selector, num_rows: int) -> None:
-        heads = (layout.batch_size, layout.num_kv_heads)
         keys, values = (states[:1, 0] for states in layout.zeros(1))
         sample = selector.row_index(keys, values, keys)
-        self.tensors = {
-            name: torch.zeros(*heads, num_rows + 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
-            for name, entry in sample.items()
-        }
+        self._columns = Columns((layout.batch_size, layout.num_kv_heads), sample, num_rows)
         self._selector = selector
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return self._columns.tensors
 
     def reserve(self, num_rows: int) -> None:
         """Make room for at least this many tokens a sequence."""
-        for name, tensor in self.tensors.items():
-            missing = num_rows + 1 - tensor.shape[2]
-            if missing > 0:
-                more = tensor.new_zeros(*tensor.shape[:2], missing, *tensor.shape[3:])
-                self.tensors[name] = torch.cat([tensor, more], 2)
+        self._columns.reserve(num_rows)
 
     def write(self, batch: int, start: int, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> None:
         """A prompt block in unit order; keys [H, n, D], values [H, n, Dv], and for each token its unit, int64
@@ -128,4 +120,4 @@ class RowIndex:
 
     def nbytes(self) -> int:
         """Device memory held."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return self._columns.nbytes()
