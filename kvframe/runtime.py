@@ -149,6 +149,9 @@ class RetrievalLayer(LayerRuntime):
         self._notes = TokenNotes(layout, scorer.num_notes, capacity) if scorer.num_notes else None
         self._survivors = Survivors(layout, capacity) if drops and execution != "shadow" else None
         self._ahead = Ahead.none(layout) if policy.trigger.selects_ahead else None
+        self._arrivals: Tensor | None = None  # scratch of the attention over estimates
+        if policy.selector.estimates:
+            self._arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
         self._estimated: Tensor | None = None  # bool [B, H, U], units that may be estimated
         self._full: Tensor | None = None  # bool [B, H], heads that attended to everything in the last step
         self.stats = RetrievalStats(layout)
@@ -408,17 +411,17 @@ class RetrievalLayer(LayerRuntime):
     def _estimate(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
         """Attention over what is not attended to otherwise, one virtual entry a unit; None where nothing is
         estimated."""
-        means = self.policy.scorer.means
-        if not self.policy.selector.estimates or self._index is None or means is None:
+        if not self.policy.selector.estimates or self._index is None:
             return None
         from kvframe_kernels.rest_attention import rest_attention
 
         units = self._units(self._index)
+        if units.means is None:
+            return None
         rest = self.memory.unattended(units)
         if self._estimated is not None:
             rest = rest.masked_fill(~self._estimated[..., : units.max_units], 0)
-        keys, values = (units.index[name] for name in means)
-        return rest_attention(query, keys, values, rest, self.layout.sm_scale)
+        return rest_attention(query, *units.means, rest, self.layout.sm_scale, arrivals=self._arrivals)
 
     def _observe(self, inputs: StepInputs, lengths: list[int]) -> None:
         """Let the scorer look back at the step."""
@@ -569,11 +572,13 @@ class RetrievalLayer(LayerRuntime):
     def _units(self, index: UnitIndex) -> UnitTable:
         """The units that can be selected."""
         max_units = max(1, min(self.ledger.visible_units(), index.max_units))
+        visible, means = index.view(max_units), self.policy.scorer.means
         return UnitTable(
             offsets=self.ledger.unit_offsets,
             num_units=self.ledger.num_units,
             max_units=max_units,
-            index=index.view(max_units),
+            index=visible,
+            means=None if means is None else (visible[means[0]], visible[means[1]]),
             row_index=self._row_index.tensors,
         )
 
