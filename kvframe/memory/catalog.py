@@ -88,11 +88,13 @@ class Catalog:
     def units(self, index: UnitIndex) -> UnitTable:
         """The units that can be selected."""
         max_units = max(1, min(self._ledger.visible_units(), index.max_units))
+        visible, means = index.view(max_units), self._scorer.means
         return UnitTable(
             offsets=self._ledger.unit_offsets,
             num_units=self._ledger.num_units,
             max_units=max_units,
-            index=index.view(max_units),
+            index=visible,
+            means=None if means is None else (visible[means[0]], visible[means[1]]),
             row_index=self._rows.tensors,
         )
 

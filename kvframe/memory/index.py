@@ -103,20 +103,8 @@ class RowIndex:
 
     def extend(self, unit: LeavingUnits) -> None:
         """The unit of each head that leaves the window, where one does."""
-        if not self.tensors:
-            return
-        keys, values, unit_ids = unit.rows()
-        heads = unit.start.shape
-        rows = unit.start[..., None] + torch.arange(unit.max_size, device=unit.start.device)
-        inside = unit.leaves[..., None] & (unit_ids.view(*heads, -1) == 0)
-        centres = unit_mean(keys, unit_ids, 1).expand_as(keys)
-        for name, entry in self._selector.row_index(keys, values, centres).items():
-            tensor = self.tensors[name]
-            column = torch.where(inside, rows, tensor.shape[2] - 1)
-            column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))
-            tensor.scatter_(
-                2, column.expand(*column.shape[:3], *tensor.shape[3:]), entry.view(*heads, *entry.shape[1:])
-            )
+        if self.tensors:
+            self._selector.extend(self.tensors, unit)
 
     def nbytes(self) -> int:
         """Device memory held."""

@@ -76,6 +76,9 @@ class RetrievalLayer(LayerRuntime):
         drops = policy.transfer.drops and execution != "shadow"
         self._survivors = Survivors(layout, capacity) if drops else None
         self._ahead = Ahead.none(layout) if policy.trigger.selects_ahead else None
+        self._arrivals: Tensor | None = None  # scratch of the attention over estimates
+        if policy.selector.estimates:
+            self._arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
         self._full: Tensor | None = None  # bool [B, H], heads that attended to everything in the last step
         self.stats = RetrievalStats(layout)
         self.positions = RowPositions(layout)
@@ -247,15 +250,15 @@ class RetrievalLayer(LayerRuntime):
     def _estimate(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
         """Attention over what is not attended to otherwise, one virtual entry a unit; None where nothing is
         estimated."""
-        means = self.policy.scorer.means
-        if not self.policy.selector.estimates or self.catalog.index is None or means is None:
+        if not self.policy.selector.estimates or self.catalog.index is None:
             return None
         from kvframe_kernels.rest_attention import rest_attention
 
         units = self.catalog.units(self.catalog.index)
+        if units.means is None:
+            return None
         rest = self.catalog.estimated.limit(self.memory.unattended(units))
-        keys, values = (units.index[name] for name in means)
-        return rest_attention(query, keys, values, rest, self.layout.sm_scale)
+        return rest_attention(query, *units.means, rest, self.layout.sm_scale, arrivals=self._arrivals)
 
     def _observe(self, inputs: StepInputs, lengths: list[int]) -> None:
         """Let the scorer look back at the step."""

@@ -1,12 +1,13 @@
 """What is not retrieved is estimated instead of left out."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.selector import Selector
-from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.types import Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import part
 
 
@@ -35,6 +36,9 @@ class EstimateRest(Selector):
 
     def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
         return self.selector.row_index(keys, values, centres)
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
+        self.selector.extend(row_index, unit)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         return self.selector.select(inputs, scores, units)

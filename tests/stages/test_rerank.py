@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import kvframe
 from kvframe import SketchRerank, StepInputs, UnitTable
 from kvframe.errors import ConfigError
-from kvframe.sketch import decode_sketch
 from kvframe.testing.cases import make_layout
+from kvframe_kernels.key_sketch import Sketch, decode_sketch
 
 LAYOUT = make_layout(batch_size=1, num_kv_heads=1, group_size=2, head_dim=5)
 FIRST = 3  # the row of the first unit's first token
@@ -71,14 +71,14 @@ def test_two_passes(sizes: list[int], token_budget: int, oversample: int, bits: 
         offsets=torch.tensor([[[FIRST, *(FIRST + sum(sizes[: n + 1]) for n in range(num_units)), 0]]]),
         num_units=torch.tensor([[num_units]]),
         max_units=num_units + 1,
-        index={"mean_key": torch.nn.functional.pad(means, (0, 0, 0, 1), value=99.0)[None, None]},
+        means=(torch.nn.functional.pad(means, (0, 0, 0, 1), value=99.0)[None, None],) * 2,
         row_index={
             name: torch.nn.functional.pad(part, (0, 0, FIRST, 2), value=9)[:, None] for name, part in sketch.items()
         },
     )
     inputs = StepInputs(query=query, layout=LAYOUT)
     rows, count = selector.select(inputs, torch.nn.functional.pad(scores, (0, 1), value=-math.inf), units)
-    approximate = means[unit] + decode_sketch(sketch["codes"], sketch["step"], bits, width)[0]
+    approximate = means[unit] + decode_sketch(Sketch.of(sketch), bits, width)[0]
     wanted = expected(selector, scores[0, 0].tolist(), sizes, query[0].tolist(), approximate.tolist())
 
     assert rows.shape == (1, 1, token_budget) and count.tolist() == [[min(token_budget, num_tokens)]]
