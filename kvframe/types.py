@@ -149,6 +149,8 @@ class Decision:
     that replaces it. Only of a trigger that says `selects_ahead`."""
     full: Tensor | None = None
     """bool [B, H]: the heads that attend to everything in this step. Only of a trigger that says `attends_in_full`."""
+    event: Tensor | None = None
+    """bool [B, H]: the heads whose text turns to something else, which cuts segments; None where `due` says so."""
 
 
 @frozen(eq=False)
