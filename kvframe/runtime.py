@@ -466,6 +466,7 @@ class RetrievalLayer(LayerRuntime):
             starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
             self.memory.begin_decode()
+            self._row_index.begin_decode()
             size = self.policy.units.regroup_size
             if size is not None:
                 self._blocks = [
@@ -575,6 +576,7 @@ class RetrievalLayer(LayerRuntime):
             max_units=max_units,
             index=index.view(max_units),
             row_index=self._row_index.tensors,
+            channels=self._row_index.channels,
         )
 
     def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
@@ -669,7 +671,7 @@ class RetrievalLayer(LayerRuntime):
         self.ledger.reset()
         self.memory.reset()
         self.positions.forget()
-        for kept in (self._notes, self._survivors):
+        for kept in (self._row_index, self._notes, self._survivors):
             if kept is not None:
                 kept.forget()
         if self._ahead is not None:

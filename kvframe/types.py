@@ -208,6 +208,8 @@ class UnitTable:
     """[B, H, U, ...] each: the scorer's summaries."""
     row_index: Mapping[str, Tensor] = field(factory=dict)
     """[B, H, > R, ...] each: what the selector keeps of every row that left the window."""
+    channels: Tensor | None = None
+    """[B, H, D], positive, in at least float32: the size of each channel, for a selector that scales channels."""
 
     @property
     def sizes(self) -> Tensor:

@@ -33,8 +33,14 @@ class EstimateRest(Selector):
     def capacity_in(self, layout: LayerLayout) -> int:
         return self.selector.capacity_in(layout)
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
-        return self.selector.row_index(keys, values, centres)
+    @property
+    def scales_channels(self) -> bool:
+        return self.selector.scales_channels
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return self.selector.row_index(keys, values, centres, channels)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         return self.selector.select(inputs, scores, units)

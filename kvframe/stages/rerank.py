@@ -35,6 +35,9 @@ class SketchRerank(Selector):
     """Of a number in the sketch."""
     run_length: int = field(default=1, validator=integer(at_least=1))
     """Candidates that lie next to each other in the store and are taken together: longer runs cross the link faster."""
+    scales: Literal["token", "channel"] = field(default="token", validator=one_of("token", "channel"))
+    """One step for the numbers of each token; or, "channel", the same after every channel was divided by its own size
+    in the head's first rows, so that the few large channels that keys have do not set every step."""
 
     @property
     def capacity(self) -> int:
@@ -44,8 +47,14 @@ class SketchRerank(Selector):
     def needs_means(self) -> bool:
         return True
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
-        return encode_sketch(keys - centres, self.bits)
+    @property
+    def scales_channels(self) -> bool:
+        return self.scales == "channel"
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return encode_sketch(keys - centres, self.bits, channels)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
         from kvframe_kernels.select_units import select_units
@@ -65,7 +74,9 @@ class SketchRerank(Selector):
         codes, step = (self._at(units.row_index[name], place) for name in ("codes", "step"))
         rest = decode_sketch(codes, step, self.bits, layout.head_dim)  # [B, H, C, D]
         query = inputs.query.to(rest.dtype).view(*rows.shape[:2], -1, layout.head_dim) * layout.sm_scale
-        products = torch.matmul(query, rest.transpose(2, 3))  # [B, H, G, C]
+        # What keys were divided by, their queries are multiplied with.
+        scaled = query if units.channels is None else query * units.channels[:, :, None]
+        products = torch.matmul(scaled, rest.transpose(2, 3))  # [B, H, G, C]
         centres = torch.matmul(query, units.index["mean_key"].to(rest.dtype).transpose(2, 3))  # [B, H, G, U]
         unit = self._unit_of(place, units)[:, :, None].expand(-1, -1, query.shape[2], -1)
         products = (products + centres.gather(-1, unit)).masked_fill(~exists[:, :, None], -math.inf)

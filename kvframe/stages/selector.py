@@ -34,10 +34,19 @@ class Selector(Stage):
         share a budget or leave room for tokens to come."""
         return self.capacity
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+    @property
+    def scales_channels(self) -> bool:
+        """Whether `row_index` is to be told how large each channel of the keys is."""
+        return False
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What is kept on the device of every row that leaves the window, for `units.row_index`.
 
-        keys: [M, T, D], values: [M, T, Dv]; centres: [M, T, D], for each token the mean key of its unit.
+        keys: [M, T, D], values: [M, T, Dv]; centres: [M, T, D], for each token the mean key of its unit; channels: [M,
+        D] in at least float32, the size of each channel of keys - centres over the first rows of a head, which later
+        rows share and `units.channels` has again. None unless `scales_channels`.
         Returns named tensors [M, T, ...]; names and trailing shapes are always the same.
         """
         return {}

@@ -51,9 +51,15 @@ class TopP(Selector):
     def capacity_in(self, layout: LayerLayout) -> int:
         return self.selector.capacity_in(layout)
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+    @property
+    def scales_channels(self) -> bool:
+        return self.selector.scales_channels
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         sketch = {_OWN + name: entry for name, entry in encode_sketch(keys, self.bits).items()}
-        return {**self.selector.row_index(keys, values, centres), **sketch}
+        return {**self.selector.row_index(keys, values, centres, channels), **sketch}
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection:
         made = Selection.of(self.selector.select(inputs, scores, units))
