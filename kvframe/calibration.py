@@ -43,6 +43,11 @@ class Calibration:
     num_samples: int
     """Steps that were compared in every layer."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it sets of a policy or a trigger; one that does not have both options cannot use it."""
+        return {"tau": self.tau, "rope": self.rope}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

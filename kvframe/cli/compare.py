@@ -3,7 +3,7 @@
 import json as json_
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
@@ -39,8 +39,15 @@ def compare(
     window: Annotated[int, typer.Option(min=1, help="Last tokens that every policy attends to.")] = 128,
     dense_layers: Annotated[str, typer.Option(help="Layers that every policy keeps dense.")] = "0,1",
     triggers: Annotated[
-        str, typer.Option(help="every-step (all select anew at every step), own, or both, in this order.")
+        str,
+        typer.Option(
+            help="every-step (all select anew at every step), own, calibrated (own, at the rate of a calibration), "
+            "several separated by commas."
+        ),
     ] = "every-step,own",
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `kvframe calibrate --output` wrote, for the trigger calibrated.")
+    ] = None,
     needles: Annotated[int, typer.Option(min=2, help="Needles in the prose, all of which are asked for.")] = 10,
     copy_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the passage that is copied.")] = 128,
     tasks: Annotated[str, typer.Option(help="needles, copy, or both.")] = "needles,copy",
@@ -59,7 +66,8 @@ def compare(
     json: JSON = False,
 ) -> None:
     """KL to full attention of many policies on one model: needles in prose, and a verbatim copy."""
-    from kvframe.eval.compare import POLICIES, Setting, installed
+    from kvframe.calibration import Calibration
+    from kvframe.eval.compare import POLICIES, Setting, TriggerMode, installed
     from kvframe.eval.compare import compare as run_compare
     from kvframe.eval.tasks import task
     from kvframe.eval.text import haystack
@@ -71,7 +79,8 @@ def compare(
         sink_size=sinks,
         window_size=window,
         dense_layers=numbers("--dense-layers", dense_layers),
-        triggers=tuple(choices("--triggers", triggers, ("every-step", "own"))),  # type: ignore[arg-type]
+        triggers=tuple(choices("--triggers", triggers, get_args(TriggerMode))),  # type: ignore[arg-type]
+        calibration=None if calibration is None else Calibration.load(calibration),
     )
     known = {"needles": task("niah_multiquery", num_needles=needles), "copy": task("copy", copy_tokens=copy_tokens)}
     wanted = [known[name] for name in choices("--tasks", tasks, tuple(known))]
@@ -85,8 +94,8 @@ def compare(
     from kvframe.cli.models import load
 
     if figures:
-        rows, found = _read(figures)
-        _show(rows, found, markdown, json)
+        rows, found, elsewhere = _read(figures)
+        _show(rows, found, markdown, json, elsewhere)
         return
     loaded, tokenizer = load(model, dtype, device, quiet=json)
     conditions = {
@@ -112,12 +121,14 @@ def compare(
     _show(rows, found, markdown, json)
 
 
-def _read(paths: Sequence[Path]) -> "tuple[list[Row], dict[str, Any]]":
-    """The figures that `--output` has written, in the order of tables, and their conditions.
+def _read(paths: Sequence[Path]) -> "tuple[list[Row], dict[str, Any], dict[str, list[Row]]]":
+    """The figures that `--output` has written, in the order of tables, their conditions, and what of them was made in
+    another environment than the first, by that.
 
     Raises ConfigError for files that cannot be read, or that were made under different conditions.
     """
-    from kvframe.eval.compare import Row
+    from kvframe.eval.compare import Row, TriggerMode
+    from kvframe.eval.compare_tables import listed
 
     rows: list[Row] = []
     found: list[dict[str, Any]] = []
@@ -141,15 +152,31 @@ def _read(paths: Sequence[Path]) -> "tuple[list[Row], dict[str, Any]]":
             )
     policies = list(dict.fromkeys(row.policy for row in rows))
     tasks = list(dict.fromkeys(row.task for row in rows))
-    rows.sort(key=lambda row: (tasks.index(row.task), row.trigger != "every-step", policies.index(row.policy)))
-    return rows, found[0]
+    elsewhere: dict[str, list[Row]] = {}
+    for row, each in zip(rows, found, strict=True):
+        facts = {key: value for key, value in each["environment"].items() if key != "date"}
+        if facts != {key: value for key, value in found[0]["environment"].items() if key != "date"}:
+            elsewhere.setdefault(listed(facts), []).append(row)
+    modes = get_args(TriggerMode)
+    rows.sort(
+        key=lambda row: (
+            tasks.index(row.task), modes.index(row.trigger), row.wanted_rate or 0, policies.index(row.policy)
+        )
+    )  # fmt: skip
+    return rows, found[0], elsewhere
 
 
-def _show(rows: "Sequence[Row]", found: dict[str, Any], markdown: Path | None, json: bool) -> None:
+def _show(
+    rows: "Sequence[Row]",
+    found: dict[str, Any],
+    markdown: Path | None,
+    json: bool,
+    elsewhere: "dict[str, list[Row]] | None" = None,
+) -> None:
     from kvframe.eval.compare_tables import markdown_page
 
     if markdown is not None:
-        _write(markdown, markdown_page(rows, found))
+        _write(markdown, markdown_page(rows, found, elsewhere or {}))
         errors.print(f"written to {markdown}", markup=False)
     if json:
         print_json(found | {"rows": [row.to_dict() for row in rows]})

@@ -100,8 +100,7 @@ def _apply(path: Path, options: dict[str, Any], record: Any) -> None:
     from kvframe.calibration import Calibration
     from kvframe.options import option_names
 
-    found = Calibration.load(path)
-    for name, value in (("tau", found.tau), ("rope", found.rope)):
+    for name, value in Calibration.load(path).options.items():
         if name not in option_names(record.config_cls):
             raise ConfigError(f"--calibration sets {name}, which policy {record.name!r} does not have; leave it out")
         if options.setdefault(name, value) != value:

@@ -1,7 +1,7 @@
 """Many policies beside each other at equal totals: how far each is from full attention, at several budgets.
 
-Two tasks: needles in prose, and a verbatim copy. Twice: with every policy selecting anew at every step, which compares
-what is selected, and with each policy's own trigger, which adds when.
+Two tasks: needles in prose, and a verbatim copy. Each with every policy selecting anew at every step, which compares
+what is selected; with each policy's own trigger, which adds when; and with that trigger calibrated to a wanted rate.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from attrs import frozen
 
+from kvframe.calibration import Calibration
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError, KvframeError
 from kvframe.eval.fidelity import compare_logits, in_answers, passed
@@ -38,7 +39,7 @@ POLICIES = (
 )
 """What is compared if nobody says otherwise, of these what is installed."""
 
-TriggerMode = Literal["every-step", "own"]
+TriggerMode = Literal["every-step", "own", "calibrated"]
 
 
 @frozen(kw_only=True)
@@ -51,6 +52,15 @@ class Setting:
     window_size: int = 128
     dense_layers: tuple[int, ...] = (0, 1)
     triggers: tuple[TriggerMode, ...] = ("every-step", "own")
+    calibration: Calibration | None = None
+    """Thresholds for this model, which the trigger "calibrated" needs."""
+
+    def __attrs_post_init__(self) -> None:
+        if "calibrated" in self.triggers and self.calibration is None:
+            raise ConfigError(
+                "the trigger 'calibrated' needs a calibration; make one with `kvframe calibrate MODEL --output FILE` "
+                "and pass it as --calibration FILE"
+            )
 
 
 @frozen(kw_only=True)
@@ -77,6 +87,8 @@ class Row:
     """Tokens that a head attended to."""
     bytes_per_token: float | None = None
     """Bytes from host to device a step."""
+    wanted_rate: float | None = None
+    """What the trigger was calibrated to, where it was."""
     num_steps: int = 0
     refused: str | None = None
     """Why there are no figures."""
@@ -109,7 +121,8 @@ def contender(
     """A policy with the setting's sizes and so many retrieved tokens.
 
     A policy without a budget gets it as recent tokens, so that the totals are equal. With +4bit (or 2, or 8) behind its
-    name it has `QuantizedHostPool` in its transfer slot.
+    name it has `QuantizedHostPool` in its transfer slot. A calibrated trigger is one that takes the setting's
+    thresholds; a policy without such a trigger keeps its own.
 
     Raises UnknownNameError for a name that is none, ConfigError for sizes that do not fit.
     """
@@ -123,6 +136,8 @@ def contender(
         "window_size": setting.window_size + (0 if has_budget else token_budget),
         "dense_layers": setting.dense_layers,
     }
+    if trigger == "calibrated" and setting.calibration is not None and setting.calibration.options.keys() <= set(known):
+        sizes |= setting.calibration.options
     policy = record.make(**{key: value for key, value in sizes.items() if key in known})
     if trigger == "every-step" and policy.selector.capacity and not isinstance(policy.trigger, Never):
         policy = policy.swap(trigger=EveryStep())
@@ -170,6 +185,8 @@ def _rows(
         done: dict[Policy, Row] = {}
         for trigger, token_budget, name in product(setting.triggers, setting.budgets, policies):
             place: dict[str, Any] = {"task": task.name, "trigger": trigger, "token_budget": token_budget}
+            if trigger == "calibrated" and setting.calibration is not None:
+                place["wanted_rate"] = setting.calibration.retrieval_rate
             try:
                 policy = contender(name, token_budget, trigger, setting, registry).fitted(tokenizer)
                 if policy not in done:

@@ -1,6 +1,6 @@
 """The figures of a comparison as tables: policies down, budgets across."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -10,6 +10,7 @@ from kvframe.eval.compare import Row
 _TRIGGERS = {
     "every-step": "every policy selects anew at every step",
     "own": "every policy by its own trigger",
+    "calibrated": "every policy by its own trigger, calibrated",
 }
 
 
@@ -25,8 +26,8 @@ class Grid:
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:
     """KL of every policy at every budget, a table for each task and trigger; with a trigger of its own, how often it
     selects stands in brackets."""
-    for task, trigger in dict.fromkeys((row.task, row.trigger) for row in rows):
-        own = [row for row in rows if (row.task, row.trigger) == (task, trigger)]
+    for task, trigger, rate in dict.fromkeys((row.task, row.trigger, row.wanted_rate) for row in rows):
+        own = [row for row in rows if (row.task, row.trigger, row.wanted_rate) == (task, trigger, rate)]
         budgets = list(dict.fromkeys(row.token_budget for row in own))
         cells = {(row.policy, row.token_budget): _cell(row) for row in own}
         lines = [
@@ -34,7 +35,7 @@ def grids(rows: Sequence[Row]) -> Iterator[Grid]:
             for policy in dict.fromkeys(row.policy for row in own)
         ]
         yield Grid(
-            title=f"KL to full attention, {task}, {_TRIGGERS[trigger]}",
+            title=f"KL to full attention, {task}, {_TRIGGERS[trigger]}" + ("" if rate is None else f" to {rate:.0%}"),
             headings=["policy", *(f"{budget} retrieved" for budget in budgets)],
             lines=lines,
         )
@@ -47,10 +48,16 @@ def _cell(row: Row) -> str:
     return shown if row.trigger == "every-step" else f"{shown} ({row.retrieval_rate:.0%})"
 
 
-def markdown_page(rows: Sequence[Row], found: dict[str, Any]) -> str:
+def listed(facts: Mapping[str, Any]) -> str:
+    """Names and values in a line."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
+
+
+def markdown_page(rows: Sequence[Row], found: dict[str, Any], elsewhere: Mapping[str, Sequence[Row]]) -> str:
     """A page of the docs: conditions, the tables, and every figure.
 
     found: the environment, the conditions, and the names of policies that are not installed.
+    elsewhere: other environments, and the figures that were made there.
     """
     parts = ["# Policies at equal totals\n"]
     parts.append(
@@ -58,11 +65,10 @@ def markdown_page(rows: Sequence[Row], found: dict[str, Any]) -> str:
         "brackets the share of steps and heads that selected anew.\n"
     )
     for name in ("conditions", "environment"):
-        parts.append(
-            f"{name.capitalize()}: "
-            + ", ".join(f"{key} {value}" for key, value in found[name].items() if value is not None)
-            + ".\n"
-        )
+        parts.append(f"{name.capitalize()}: {listed(found[name])}.\n")
+    for environment, made in elsewhere.items():
+        names = dict.fromkeys(f"{row.policy} ({row.task}, {row.trigger})" for row in made)
+        parts.append(f"Another environment: {environment}. There: {', '.join(names)}.\n")
     if found["not_installed"]:
         parts.append(f"Not installed, and left out: {', '.join(found['not_installed'])}.\n")
     for grid in grids(rows):
@@ -87,6 +93,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "full": lambda row: f"{row.score_full:.0%}",
     "attended": lambda row: f"{row.attended_total:.0f}",
     "selects": lambda row: f"{row.retrieval_rate:.1%}",
+    "wanted": lambda row: "" if row.wanted_rate is None else f"{row.wanted_rate:.0%}",
     "bytes/token": lambda row: f"{row.bytes_per_token:,.0f}",
 }
 

@@ -51,7 +51,7 @@ OPTIONS = {
     "window_size": 4,
     "cluster_size": 4,
     "num_iterations": 3,
-    "page_size": 3,
+    "output_block_size": 8,
 }
 
 
@@ -65,6 +65,23 @@ def test_the_prompt_s_clusters():
         assert found == [[token + start for token in cluster] for cluster in expected]
         sizes |= {len(cluster) for cluster in found}
     assert len(sizes) > 3  # they are no runs
+
+
+def test_clusters_of_generated_tokens():
+    """A block of them is clustered, alone, when it has left the window; before, its tokens are in runs."""
+    clustered, waiting = set(), 0
+    for step in steps_of(kvframe.policy("clusterkv", **OPTIONS)):
+        start = step.num_prompt - 4
+        stop = start + 8
+        found = [unit for unit in step.units if start <= unit[0] < stop]
+        if len(step.keys) > stop + 4:
+            expected = spherical_kmeans(step.keys[start:stop], 2, 3)
+            assert found == [[token + start for token in cluster] for cluster in expected]
+            clustered.add(tuple(map(len, found)))
+        else:
+            waiting += len(found)
+            assert all(unit == list(range(unit[0], unit[0] + len(unit))) and len(unit) <= 4 for unit in found)
+    assert len(clustered) > 1 and waiting
 
 
 def test_the_best_clusters_are_attended():
@@ -89,9 +106,11 @@ def test_published_number_of_clusters(num_tokens: int, expected: int):
 
 
 def test_published_defaults():
-    """16 sinks, a budget of 1024, two dense layers; 320 generated tokens make 4 units."""
+    """16 sinks, a budget of 1024, two dense layers; 320 generated tokens make 4 clusters, the prompt is one block."""
     policy = kvframe.policy("clusterkv")
 
     assert (policy.sink_size, policy.selector.capacity, policy.dense_layers) == (16, 1024, (0, 1))
-    assert policy.units.max_size * 4 == policy.window_size == 320
+    clusters = policy.units.by
+    assert policy.units.regroup_size == policy.window_size == clusters.cluster_size * 4 == 320
+    assert clusters.block_size is None is clusters.split_factor and policy.units.units == clusters
     assert policy.trigger == kvframe.EveryStep()

@@ -61,6 +61,26 @@ def test_figures_of_several_files(call: tuple[object, ...], run: Run, run_json: 
     assert "there are no figures" in fails("compare", "--from", files[2])
 
 
+def test_a_calibrated_trigger(call: tuple[object, ...], run: Run, run_json: RunJson, fails: Fails, tmp_path: Path):
+    """Its table says what it was calibrated to; figures made elsewhere say where."""
+    found, own, calibrated, page = (tmp_path / name for name in ("found.json", "own", "calibrated", "page.md"))
+    common = (*call, "--budgets", "64", "--tasks", "copy", "--policies", "louiskv")
+    run("calibrate", call[2], "--text-file", call[4], "--rate", 0.4, "--tokens", 200, "--output", found)
+    run(*common, "--triggers", "own", "--output", own)
+    run(*common, "--triggers", "calibrated", "--calibration", found, "--output", calibrated)
+    line = json.loads(calibrated.read_text())
+    line["environment"]["torch"] = "another"
+    calibrated.write_text(json.dumps(line) + "\n")
+    rows = run_json("compare", "--from", calibrated, "--from", own, "--markdown", page)["rows"]
+
+    assert [(row["trigger"], row["wanted_rate"]) for row in rows] == [("own", None), ("calibrated", 0.4)]
+    assert rows[0]["retrieval_rate"] != rows[1]["retrieval_rate"]
+    text = page.read_text()
+    assert "by its own trigger, calibrated to 40%" in text
+    assert text.count("torch another") == 1
+    assert fails(*common, "--triggers", "calibrated").count("--calibration FILE") == 1
+
+
 def test_json(call: tuple[object, ...], run_json: RunJson) -> None:
     """One object, with what it was made under; competitors that are not installed are named."""
     found = run_json(*call, "--budgets", "64", "--tasks", "copy", "--triggers", "own")
@@ -72,7 +92,7 @@ def test_json(call: tuple[object, ...], run_json: RunJson) -> None:
 def test_what_goes_wrong(call: tuple[object, ...], fails: Fails, tmp_path: Path) -> None:
     """One line each, before anything has run."""
     assert "--budgets must be whole numbers separated by commas, got 'many'" in fails(*call, "--budgets", "many")
-    assert "--triggers must be one of every-step, own; got 'mine'" in fails(*call, "--triggers", "mine")
+    assert "--triggers must be one of every-step, own, calibrated; got 'mine'" in fails(*call, "--triggers", "mine")
     assert "there is no directory" in fails(*call, "--output", tmp_path / "no" / "file")
     assert "no policy named 'louskv'; did you mean 'louiskv'" in fails(*call, "--policies", "louskv")
     assert "the context has 9000 tokens, the model reads at most 2048" in fails(*call, "--context", 9000)

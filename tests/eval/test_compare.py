@@ -3,11 +3,13 @@
 import copy
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from eval.conftest import Tiny
 
 import kvframe
+from kvframe.calibration import Calibration
 from kvframe.errors import ConfigError, UnknownNameError
 from kvframe.eval.compare import POLICIES, Row, Setting, compare, contender, installed
 from kvframe.eval.compare_tables import grids, markdown_page
@@ -72,6 +74,20 @@ def test_triggers():
     assert contender("full", 64, "own", SETTING) == kvframe.policy("full")
 
 
+def test_calibrated_triggers():
+    """Thresholds of the setting, for those who compare queries as LouisKV does; another tau is another matter."""
+    found = Calibration(tau=(0.1, 0.9), rope="before", retrieval_rate=0.07, achieved=(0.07, 0.07), num_samples=9)
+    setting = attrs.evolve(SETTING, triggers=("calibrated",), calibration=found)
+    calibrated = contender("louiskv+4bit", 64, "calibrated", setting)
+
+    assert (calibrated.trigger.tau, calibrated.trigger.rope) == ((0.1, 0.9), "before")
+    assert calibrated == contender("louiskv+4bit", 64, "own", setting).swap(trigger=calibrated.trigger)
+    for name in ("freekv", "window"):
+        assert contender(name, 64, "calibrated", setting) == contender(name, 64, "own", setting)
+    with pytest.raises(ConfigError, match="'calibrated' needs a calibration; make one with `kvframe calibrate"):
+        attrs.evolve(SETTING, triggers=("calibrated",))
+
+
 def test_installed():
     """What is known and not there is named."""
     found, missing = installed(("window", "no-such", "louiskv"))
@@ -100,7 +116,7 @@ def test_distance_to_the_oracle():
         Row(policy=name, token_budget=budget, kl=kl, **common)  # type: ignore[arg-type]
         for name, budget, kl in (("oracle_topk", 1, 0.25), ("window", 1, 0.75), ("window", 2, 1.0))
     ]
-    page = markdown_page(rows, {"conditions": {"model": "m"}, "environment": {}, "not_installed": ["x"]})
+    page = markdown_page(rows, {"conditions": {"model": "m"}, "environment": {}, "not_installed": ["x"]}, {})
     lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| copy")]
 
     assert [line[-1].strip(" |") for line in lines] == ["+0.0000", "+0.5000", ""]
