@@ -22,7 +22,7 @@ class LouisKVPlusConfig(LouisKVConfig):
     """
 
     policy_name: ClassVar[str] = "louiskv-plus"
-    oversample: int = 4
+    oversample: int = 8
     """Candidates for a sketch are so many times the budget."""
     bits: int = 4
     """Of a number in the sketch of a key: 2, 4 or 8."""
