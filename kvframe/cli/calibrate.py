@@ -1,5 +1,6 @@
 """`kvframe calibrate`: thresholds for LouisKV's trigger from unlabelled text."""
 
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,10 @@ from kvframe.cli.models import DTYPES
 from kvframe.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kvframe.calibration import Calibration
+    from kvframe.eval.tasks import Task
 
 
 def calibrate(
@@ -28,6 +32,17 @@ def calibrate(
         typer.Option(help="Unlabelled text, several times for several; the standard library's documentation without."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens to read, of all texts together.")] = 4096,
+    task: Annotated[
+        str | None, typer.Option(help="Read samples of this task in place of a text: what a study runs it on.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the task; may be given several times."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a sample of the task.")] = 2048,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Draws the first sample of the task, the next number the next; not a study's.")
+    ] = 1000,
     output: Annotated[Path | None, typer.Option(help="Write the result there, for `generate --calibration`.")] = None,
     dtype: DTYPE = "auto",
     json: JSON = False,
@@ -38,7 +53,12 @@ def calibrate(
     check_choice("--dtype", dtype, DTYPES)
     if not 0 < rate < 1:
         raise ConfigError(f"--rate must lie between 0 and 1, got {rate}; tau=-1 and tau=2 are never and always")
+    if task is None and set_:
+        raise ConfigError("--set is an option of --task, and none was given")
+    if task is not None and text_file:
+        raise ConfigError("--text-file and --task exclude each other: either a text is read, or samples of a task")
     dense = _layers(dense_layers)
+    made = None if task is None else _task(task, set_ or [])
     texts = _read(text_file)
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {output.absolute().parent}; make it first")
@@ -47,13 +67,17 @@ def calibrate(
     from kvframe.cli.models import load
 
     loaded, tokenizer = load(model, dtype, quiet=json)
-    # No special tokens, and cut to length here: the tokenizer's own limit does not matter.
-    encoded: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    each = -(-tokens // len(texts))
+    if made is None:
+        # No special tokens, and cut to length here: the tokenizer's own limit does not matter.
+        encoded: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        each = -(-tokens // len(texts))
+        read = [ids[:each] for ids in encoded]
+    else:
+        read = _samples(made, tokenizer, context, seed, tokens)
     with progress("reading the text", quiet=json) as bar:
         found = run_calibration(
             loaded,
-            [ids[:each] for ids in encoded],
+            read,
             retrieval_rate=rate,
             per=per,  # type: ignore[arg-type]  # checked above
             rope=rope,  # type: ignore[arg-type]
@@ -85,6 +109,27 @@ def _read(files: list[Path] | None) -> list[str]:
         return [file.read_text(encoding="utf-8") for file in files]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the text: {error}") from error
+
+
+def _task(name: str, options: list[str]) -> "Task":
+    from kvframe.eval.tasks import TASKS
+    from kvframe.eval.tasks import task as make_task
+    from kvframe.options import parse_options
+
+    return make_task(name, **(parse_options(TASKS[name], options) if name in TASKS else {}))
+
+
+def _samples(task: "Task", tokenizer: Any, context: int, seed: int, num_tokens: int) -> "list[Tensor]":
+    """Texts [T] of a task's samples, `num_tokens` tokens together."""
+    from kvframe.eval.text import haystack
+
+    stack, found = haystack(), []
+    for number in count(seed):
+        found.append(task.make(tokenizer, context, number, stack).ids[0, :num_tokens])
+        num_tokens -= len(found[-1])
+        if num_tokens < 2:
+            return found
+    raise AssertionError
 
 
 def _print(found: "Calibration") -> None:

@@ -8,8 +8,9 @@ import torch
 
 from kvframe.composition import Policy
 from kvframe.eval.fidelity import compare_logits
-from kvframe.eval.forced import check_length, full_logits, run_forced
+from kvframe.eval.forced import check_length, run_forced
 from kvframe.eval.metrics import DEFAULT_METRICS, METRICS, Evidence, check_metrics
+from kvframe.eval.remembered import remembered_logits
 from kvframe.eval.tasks import Sample, Task
 from kvframe.eval.text import Haystack
 from kvframe.eval.text import haystack as read_haystack
@@ -53,7 +54,7 @@ def evaluate(
     needs = {METRICS[name].needs for name in names}
     forced = fidelity = shadow = generated = None
     if "forced" in needs:
-        full = full_logits(model, sample)
+        full = remembered_logits.of(model, sample)
         forced = run_forced(model, policy, sample, execution=execution, registry=registry)
         fidelity = compare_logits(full, forced.logits, sample.targets)
     if "shadow" in needs:

@@ -10,6 +10,7 @@ from attrs import field, frozen
 
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
+from kvframe.eval.budgets import token_budget, with_token_budget
 from kvframe.eval.identity import cell_key, code_version, file_digest, model_identity
 from kvframe.stages import Stage
 from kvframe.suggest import hint
@@ -217,14 +218,14 @@ class Study:
 
     def _budgets(self, variant: Variant) -> Iterator[tuple[int | None, Policy]]:
         """The policy at every budget of the study; one that has no budget comes once."""
-        selector: Any = variant.policy.selector
-        own = getattr(selector, "token_budget", None)
+        selector = variant.policy.selector
+        own = token_budget(selector)
         if own is None or not self.token_budget:
             yield own, variant.policy
             return
         for budget in self.token_budget:
             try:
-                yield budget, variant.policy.swap(selector=attrs.evolve(selector, token_budget=budget))
+                yield budget, variant.policy.swap(selector=with_token_budget(selector, budget))
             except ConfigError as error:
                 raise ConfigError(f"{variant.label} cannot have token_budget={budget}: {error}") from error
 

@@ -70,3 +70,15 @@ def test_empty_text(tiny_model: Path, fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
 
     assert "nothing to calibrate on" in fails("calibrate", tiny_model, "--text-file", tmp_path / "empty.txt")
+
+
+def test_samples_of_a_task(tiny_model: Path, run_json: RunJson, fails: Fails) -> None:
+    """As many of them as the tokens ask for, the last one cut; the seed decides which."""
+    call = ("calibrate", tiny_model, "--task", "perplexity", "--set", "num_tokens=9", "--context", 60, "--tokens", 150)
+    found = run_json(*call)
+
+    assert found["num_samples"] == 59 + 59 + 29
+    assert found == run_json(*call) != run_json(*call, "--seed", 7)
+    assert "did you mean 'passkey'?" in fails("calibrate", tiny_model, "--task", "paskey")
+    assert "exclude each other" in fails(*call, "--text-file", "a.txt")
+    assert "--set is an option of --task" in fails("calibrate", tiny_model, "--set", "num_tokens=9")

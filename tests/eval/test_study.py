@@ -61,6 +61,15 @@ def test_cells(model: Path) -> None:
     assert len(set(keys(study))) == len(study.cells())
 
 
+def test_a_budget_inside_a_selector(model: Path) -> None:
+    """A selector that asks another one has that one's budget."""
+    study = small_study(model, vary={}, base=small_policy("louiskv-plus"), policies=[small_policy("twilight")], watch=0)
+
+    assert [(cell.label, cell.budget, cell.policy.selector.capacity) for cell in study.cells()] == [
+        (name, budget, budget) for name in ("louiskv-plus", "twilight") for budget in (16, 32)
+    ]
+
+
 def test_each_key_comes_once(model: Path) -> None:
     """The same policy under two names is one cell."""
     twin = small_policy().swap(name="twin")
