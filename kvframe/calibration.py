@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from attrs import asdict, field, fields, frozen
+from attrs import NOTHING, asdict, field, fields, frozen
 from torch import Tensor
 
 from kvframe.errors import ConfigError
+from kvframe.stages import Trigger
 from kvframe.suggest import hint
 
 if TYPE_CHECKING:
@@ -42,11 +43,14 @@ class Calibration:
     no full KV cache."""
     num_samples: int
     """Steps that were compared in every layer."""
+    anchor: float | tuple[float, ...] | None = field(default=None, converter=_to_tuple)
+    """Like `tau`, for a trigger that also compares with the query of its last selection; None for one that does not."""
 
     @property
     def options(self) -> dict[str, Any]:
         """What it sets of a policy or a trigger; one that does not have both options cannot use it."""
-        return {"tau": self.tau, "rope": self.rope}
+        anchor = {} if self.anchor is None else {"anchor": self.anchor}
+        return {"tau": self.tau, "rope": self.rope, **anchor}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -56,9 +60,10 @@ class Calibration:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The calibration that `to_dict` described. Raises ConfigError for anything else."""
         names = [attribute.name for attribute in fields(cls)]
-        for name in names:
+        needed = [attribute.name for attribute in fields(cls) if attribute.default is NOTHING]
+        for name in needed:
             if name not in data:
-                raise ConfigError(f"a calibration needs {', '.join(names)}; {name} is missing")
+                raise ConfigError(f"a calibration needs {', '.join(needed)}; {name} is missing")
         for key in data:
             if key not in names:
                 raise ConfigError(f"a calibration has no field {key!r}{hint(key, names, 'fields')}")
@@ -90,6 +95,7 @@ def calibrate(
     retrieval_rate: float = DEFAULT_RATE,
     per: Literal["layer", "model"] = "layer",
     rope: Literal["after", "before"] = "after",
+    trigger: Trigger | None = None,
     dense_layers: Collection[int] = (),
     chunk_size: int = DEFAULT_CHUNK,
     progress: Progress | None = None,
@@ -106,6 +112,9 @@ def calibrate(
     retrieval_rate: share of steps, between 0 and 1; both without the ends.
     per: one tau for every layer, or one for the whole model, over all of whose layers the rate is then met on average.
     rope: compare queries after the rotary embedding, or before it.
+    trigger: one with options that have a say in when it fires, such as a maximum age, or heads that decide on their
+    own. It is then run over the texts as it would run while decoding, until tau, and `anchor` where it has one, make
+    all of it fire at the wanted rate; `rope` is the trigger's. That keeps all queries of the texts in host memory.
     dense_layers: layers that the policy keeps dense; they do not count in one tau for the whole model.
     chunk_size: longer texts are cut into pieces of this many tokens, which bounds memory.
     progress: called as the work goes on.
@@ -116,6 +125,11 @@ def calibrate(
 
     _check(retrieval_rate, per, rope, chunk_size)
     check_model(model)
+    if trigger is not None:
+        from kvframe.calibrated_trigger import calibrate_trigger
+
+        chunks = _chunks(input_ids_list, chunk_size)
+        return calibrate_trigger(model, chunks, trigger, retrieval_rate, per, dense_layers, progress)
     samples = _observe(model, _chunks(input_ids_list, chunk_size), rope, progress)
     counted = [r for layer, r in samples.items() if layer not in dense_layers]
     if per == "model" and not counted:
@@ -123,9 +137,9 @@ def calibrate(
             f"dense_layers names every layer with a full KV cache ({', '.join(map(str, samples))}); leave out those "
             "that the policy does not keep dense"
         )
-    shared = _threshold(torch.cat(counted), retrieval_rate) if per == "model" else None
+    shared = threshold(torch.cat(counted), retrieval_rate) if per == "model" else None
     layers = range(_num_layers(model))
-    taus = {layer: _threshold(r, retrieval_rate) if shared is None else shared for layer, r in samples.items()}
+    taus = {layer: threshold(r, retrieval_rate) if shared is None else shared for layer, r in samples.items()}
     return Calibration(
         tau=shared if shared is not None else tuple(taus.get(layer, -1.0) for layer in layers),
         rope=rope,
@@ -214,7 +228,7 @@ def _similarities(query: Tensor, rotate: Callable[[Tensor, int], Tensor] | None)
     return query_similarity(steps[1:], previous, 1, False)[:, 0]
 
 
-def _threshold(r: Tensor, rate: float) -> float:
+def threshold(r: Tensor, rate: float) -> float:
     """tau with `rate` of r strictly below it: half-way between two neighbours, where rounding flips none."""
     ordered = r.double().sort().values
     below = round(rate * len(ordered))

@@ -149,6 +149,8 @@ class Decision:
     that replaces it. Only of a trigger that says `selects_ahead`."""
     full: Tensor | None = None
     """bool [B, H]: the heads that attend to everything in this step. Only of a trigger that says `attends_in_full`."""
+    event: Tensor | None = None
+    """bool [B, H]: the heads whose text turns to something else, which cuts segments; None where `due` says so."""
 
 
 @frozen(eq=False)
@@ -209,6 +211,8 @@ class UnitTable:
     none."""
     row_index: Mapping[str, Tensor] = field(factory=dict)
     """[B, H, > R, ...] each: what the selector keeps of every row that left the window."""
+    channels: Tensor | None = None
+    """[B, H, D], positive, in at least float32: the size of each channel, for a selector that scales channels."""
 
     @property
     def sizes(self) -> Tensor:

@@ -1,6 +1,6 @@
 """LouisKV and more: what is not retrieved is estimated, and tokens are ranked by a sketch of their keys."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import attrs
 from attrs import frozen
@@ -22,12 +22,14 @@ class LouisKVPlusConfig(LouisKVConfig):
     """
 
     policy_name: ClassVar[str] = "louiskv-plus"
-    oversample: int = 4
+    oversample: int = 8
     """Candidates for a sketch are so many times the budget."""
     bits: int = 4
     """Of a number in the sketch of a key: 2, 4 or 8."""
     run_length: int = 1
     """Tokens next to each other in the store that are taken together; longer runs cross the link faster."""
+    scales: Literal["token", "channel"] = "channel"
+    """Rounding of the sketch: one step a token, or the same after every channel was divided by its own size."""
 
 
 def build_louiskv_plus(config: LouisKVPlusConfig) -> Policy:
@@ -38,6 +40,7 @@ def build_louiskv_plus(config: LouisKVPlusConfig) -> Policy:
         oversample=config.oversample,
         bits=config.bits,  # type: ignore[arg-type]  # the stage says what it takes
         run_length=config.run_length,
+        scales=config.scales,
     )
     scorer = base.scorer
     assert isinstance(scorer, MeanKey)

@@ -41,6 +41,14 @@ class LouisKVConfig:
     """Which queries the trigger compares: after the rotary embedding, or before it."""
     trigger_heads: Literal["layer", "kv-head"] = "layer"
     """One decision a layer, as in the paper, or one for every KV head."""
+    max_age: int | None = None
+    """A selection is due at the latest so many steps after the last one; None, as in the paper, for no bound."""
+    anchor: float | tuple[float, ...] | None = None
+    """Also due where the cosine to the query of the last selection, both before RoPE, is below this; None for never."""
+    hysteresis: float | None = None
+    """Having fired, tau fires again only after a similarity of at least tau + hysteresis; None for at once."""
+    ahead: bool = False
+    """Select for the step after the one that fires, so that nothing waits for it."""
     cluster_size: int = 16
     """Tokens of an average prompt cluster."""
     block_size: int = 8192
@@ -93,7 +101,15 @@ def build_louiskv(config: LouisKVConfig) -> Policy:
         max_segment = max(1, min(config.window_size // 2, 64))
     return Policy(
         name=config.policy_name,
-        trigger=SemanticTrigger(tau=config.tau, rope=config.rope, heads=config.trigger_heads),
+        trigger=SemanticTrigger(
+            tau=config.tau,
+            rope=config.rope,
+            heads=config.trigger_heads,
+            max_age=config.max_age,
+            anchor=config.anchor,
+            hysteresis=config.hysteresis,
+            ahead=config.ahead,
+        ),
         units=DecoupledUnits(
             prompt=ClusterUnits(
                 cluster_size=config.cluster_size,

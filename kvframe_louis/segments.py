@@ -46,4 +46,4 @@ class SegmentUnits(UnitBuilder):
         return None
 
     def boundary(self, inputs: StepInputs, decision: Decision, state: None) -> Tensor:
-        return decision.due
+        return decision.due if decision.event is None else decision.event

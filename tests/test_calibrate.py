@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,10 +27,11 @@ from transformers import (
 )
 
 import kvframe
-from kvframe.calibration import Calibration, _threshold, calibrate
+from kvframe.calibration import Calibration, calibrate, threshold
 from kvframe.demo import prose_topics
 from kvframe.errors import ConfigError, UnsupportedModelError
 from kvframe.hf.queries import observe_queries
+from kvframe_louis import SemanticTrigger
 
 VOCABULARY = 64
 SIZES = {
@@ -74,23 +76,23 @@ def text(num_tokens: int, seed: int = 0) -> Tensor:
     r=st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=60, unique=True),
     rate=st.floats(0.001, 0.999),
 )
-def test_threshold_is_the_quantile(r: list[float], rate: float) -> None:
+def testthreshold_is_the_quantile(r: list[float], rate: float) -> None:
     """Strictly below it lies the share that is wanted, to the nearest sample."""
-    below = sum(value < _threshold(torch.tensor(r), rate) for value in r)
+    below = sum(value < threshold(torch.tensor(r), rate) for value in r)
 
     assert below == round(rate * len(r))
 
 
-def test_threshold_lies_between_neighbours() -> None:
+def testthreshold_lies_between_neighbours() -> None:
     """Rounding of a cosine flips no decision."""
-    assert _threshold(torch.tensor([0.1, 0.2, 0.4, 0.8]), 0.5) == pytest.approx(0.3)
+    assert threshold(torch.tensor([0.1, 0.2, 0.4, 0.8]), 0.5) == pytest.approx(0.3)
 
 
-def test_thresholds_of_the_ends() -> None:
+def testthresholds_of_the_ends() -> None:
     """Where no sample, or every sample, is to lie below."""
     r = torch.tensor([-1.0, 1.0])
 
-    assert _threshold(r, 0.01) <= -1 and _threshold(r, 0.99) > 1
+    assert threshold(r, 0.01) <= -1 and threshold(r, 0.99) > 1
 
 
 # ---- calibrate ------------------------------------------------------------------------------------------------------
@@ -367,6 +369,74 @@ def test_trigger_sees_what_calibrate_saw(model: Any) -> None:
     for rate, achieved in zip(rates, found.achieved, strict=True):
         assert achieved is not None
         assert abs(rate * 147 - achieved * 149) <= 2 + 1e-6
+
+
+# ---- a trigger with other options -----------------------------------------------------------------------------------
+
+GUARDED = {
+    "heads": {"heads": "kv-head"},
+    "age and hysteresis": {"max_age": 5, "hysteresis": 0.05},
+    "all": {"heads": "kv-head", "max_age": 6, "anchor": 0.0, "hysteresis": 0.05, "ahead": True},
+}
+
+
+def rates_of(model: Any, ids: Tensor, num_prompt: int, trigger: SemanticTrigger) -> list[float]:
+    """How often each layer's heads fire while a text [T] is decoded token by token, the first step left out."""
+    policy = kvframe.policy("louiskv", sink_size=4, window_size=16, token_budget=32, dense_layers=())
+    with kvframe.attach(model, policy.swap(trigger=trigger), execution="shadow") as run, torch.no_grad():
+        cache = run.new_cache(len(ids))
+        for tokens in (ids[:num_prompt], *ids[num_prompt:].split(1)):
+            model(tokens[None], past_key_values=cache)
+    # What the last step selected for a next one is not counted.
+    return [(layer.selections / 2 - 1) / (layer.num_steps - 1 - trigger.ahead) for layer in cache.report().layers]
+
+
+@pytest.mark.parametrize("name, per", [("heads", "model"), ("age and hysteresis", "layer"), ("all", "layer")])
+def test_all_of_a_trigger_fires_at_the_rate(name: str, per: Any, model: Any) -> None:
+    """Whatever its options, decoding the same text fires as often as calibrate says, and that is what was wanted."""
+    ids = text(100)
+    trigger = SemanticTrigger(**GUARDED[name])
+    found = calibrate(model, [ids], retrieval_rate=0.25, trigger=trigger, per=per)
+    assert (found.anchor is not None) == (trigger.anchor is not None) and found.rope == trigger.rope
+    set_to = {key: value for key, value in found.options.items() if key != "rope"}
+
+    rates = rates_of(model, ids, 1, evolve(trigger, **set_to))
+
+    # Of a trigger that selects ahead, the selection for a step that does not come is not in the report.
+    assert rates == pytest.approx(found.achieved, abs=1.01 / 98 if trigger.ahead else 1e-9)
+    assert sum(rates) / 4 == pytest.approx(0.25, abs=0.03)
+    if per == "layer":
+        assert rates == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_a_trigger_without_options(model: Any) -> None:
+    """It needs no search: tau is the quantile that it is without naming the trigger."""
+    ids = text(300)
+    plain = calibrate(model, [ids], retrieval_rate=0.2)
+    found = calibrate(model, [ids], retrieval_rate=0.2, trigger=SemanticTrigger())
+
+    assert found.tau == plain.tau and found.anchor is None
+
+
+@pytest.mark.parametrize(
+    "trigger, words",
+    [
+        (kvframe.EveryStep(), "has no tau to be calibrated"),
+        (SemanticTrigger(max_age=2), r"fire on 10.0% of the steps in layer 0: it comes as near as 5\d.\d%"),
+    ],
+)
+def test_triggers_that_cannot(trigger: kvframe.Trigger, words: str, model: Any) -> None:
+    """One without a threshold, and one that fires more often whatever the threshold."""
+    with pytest.raises(ConfigError, match=words):
+        calibrate(model, [text(60)], retrieval_rate=0.1, trigger=trigger)
+
+
+def test_a_file_from_before_anchors(model: Any) -> None:
+    """What knows of no anchor is read as having none."""
+    data = calibrate(model, [text(50)]).to_dict()
+    del data["anchor"]
+
+    assert Calibration.from_dict(data).options == {"tau": tuple(data["tau"]), "rope": "after"}
 
 
 @pytest.mark.model

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from kvframe.calibration import Calibration
     from kvframe.eval.tasks import Task
+    from kvframe.stages import Trigger
 
 
 def calibrate(
@@ -24,6 +25,13 @@ def calibrate(
     rate: Annotated[float, typer.Option(help="Share of steps that shall retrieve, between 0 and 1.")] = 0.07,
     per: Annotated[str, typer.Option(help="layer: one tau for each; model: one for all.")] = "layer",
     rope: Annotated[str, typer.Option(help="Compare queries after or before the rotary embedding.")] = "after",
+    trigger: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of LouisKV's trigger, such as max_age=64, that has a say as well; may be repeated.",
+        ),
+    ] = None,
     dense_layers: Annotated[
         str, typer.Option(help="Layers that the policy keeps dense: they do not count in one tau for all.")
     ] = "0,1",
@@ -58,6 +66,7 @@ def calibrate(
     if task is not None and text_file:
         raise ConfigError("--text-file and --task exclude each other: either a text is read, or samples of a task")
     dense = _layers(dense_layers)
+    chosen = None if not trigger else _trigger(trigger, rope)
     made = None if task is None else _task(task, set_ or [])
     texts = _read(text_file)
     if output is not None and not output.absolute().parent.is_dir():
@@ -81,6 +90,7 @@ def calibrate(
             retrieval_rate=rate,
             per=per,  # type: ignore[arg-type]  # checked above
             rope=rope,  # type: ignore[arg-type]
+            trigger=chosen,
             dense_layers=dense,
             progress=bar.update,
         )
@@ -91,6 +101,20 @@ def calibrate(
         print_json(found.to_dict())
     else:
         _print(found)
+
+
+def _trigger(assignments: list[str], rope: str) -> "Trigger":
+    """LouisKV's, with these options."""
+    from kvframe.options import parse_options
+    from kvframe.registry import default_registry
+
+    record = default_registry().stage("trigger", "semantic")
+    options = parse_options(record.stage, assignments)
+    for name, own in (("tau", "what is looked for"), ("rope", "set by --rope")):
+        if name in options:
+            raise ConfigError(f"--trigger {name}=...: {name} is {own}; leave it out")
+    made: Any = record.make(**options, rope=rope)
+    return made  # type: ignore[no-any-return]
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -145,6 +169,10 @@ def _print(found: "Calibration") -> None:
         f"layers {min(rates):.1%} to {max(rates):.1%}",
         markup=False,
     )
-    taus = found.tau if isinstance(found.tau, tuple) else (found.tau,)
     rope = "" if found.rope == "after" else f" --set rope={found.rope}"
-    console.print(f"--set tau={','.join(f'{tau:.4f}' for tau in taus)}{rope}", markup=False)
+    anchor = "" if found.anchor is None else f" --set anchor={_numbers(found.anchor)}"
+    console.print(f"--set tau={_numbers(found.tau)}{anchor}{rope}", markup=False)
+
+
+def _numbers(value: float | tuple[float, ...]) -> str:
+    return ",".join(f"{number:.4f}" for number in (value if isinstance(value, tuple) else (value,)))

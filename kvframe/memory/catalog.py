@@ -96,10 +96,16 @@ class Catalog:
             index=visible,
             means=None if means is None else (visible[means[0]], visible[means[1]]),
             row_index=self._rows.tensors,
+            channels=self._rows.channels,
         )
+
+    def begin_decode(self) -> None:
+        """The prompt is over; units leave the window from here on."""
+        self._rows.begin_decode()
 
     def forget(self) -> None:
         """As at the start, in place."""
+        self._rows.forget()
         self.estimated.forget()
         if self.notes is not None:
             self.notes.forget()

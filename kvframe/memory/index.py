@@ -79,9 +79,16 @@ class RowIndex:
 
     def __init__(self, layout: LayerLayout, selector: Selector, num_rows: int) -> None:
         keys, values = (states[:1, 0] for states in layout.zeros(1))
-        sample = selector.row_index(keys, values, keys)
-        self._columns = Columns((layout.batch_size, layout.num_kv_heads), sample, num_rows)
+        self.channels: Tensor | None = None
+        """[B, H, D], the size of each channel; None for a selector that does not ask."""
+        heads = (layout.batch_size, layout.num_kv_heads)
+        if selector.scales_channels:
+            dtype = torch.promote_types(layout.dtype, torch.float32)
+            self.channels = torch.ones(*heads, layout.head_dim, dtype=dtype, device=layout.device)
+        sample = selector.row_index(keys, values, keys, None if self.channels is None else self.channels[0, :1])
+        self._columns = Columns(heads, sample, num_rows)
         self._selector = selector
+        self._has_rows = [False] * layout.batch_size
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -98,14 +105,42 @@ class RowIndex:
         if not self.tensors:
             return
         centres = unit_mean(keys, unit_ids, num_units).gather(1, unit_ids[..., None].expand_as(keys))
-        for name, entry in self._selector.row_index(keys, values, centres).items():
+        channels = None
+        if self.channels is not None:
+            channels = self.channels[batch]
+            if not self._has_rows[batch]:
+                channels.copy_(channel_sizes(keys - centres))
+        self._has_rows[batch] = True
+        for name, entry in self._selector.row_index(keys, values, centres, channels).items():
             self.tensors[name][batch, :, start : start + keys.shape[1]] = entry
+
+    def begin_decode(self) -> None:
+        """From here on units leave the window: whatever a channel's size is by then, it stays, because rows that are
+        coded with it cannot be coded anew."""
+        self._has_rows = [True] * len(self._has_rows)
+
+    def forget(self) -> None:
+        """Another text follows."""
+        self._has_rows = [False] * len(self._has_rows)
+        if self.channels is not None:
+            self.channels.fill_(1)
 
     def extend(self, unit: LeavingUnits) -> None:
         """The unit of each head that leaves the window, where one does."""
         if self.tensors:
-            self._selector.extend(self.tensors, unit)
+            self._selector.extend(self.tensors, unit, self.channels)
+
+    def row_bytes(self) -> int:
+        """Device memory of one row of every head."""
+        return sum(tensor[:, :, :1].nbytes for tensor in self.tensors.values())
 
     def nbytes(self) -> int:
         """Device memory held."""
-        return self._columns.nbytes()
+        return self._columns.nbytes() + (0 if self.channels is None else self.channels.nbytes)
+
+
+def channel_sizes(states: Tensor) -> Tensor:
+    """Root mean square of every channel over the tokens of [M, T, D], in at least float32: [M, D]; 1 for a channel that
+    is 0 throughout."""
+    sizes = states.to(torch.promote_types(states.dtype, torch.float32)).square().mean(1).sqrt()
+    return torch.where(sizes == 0, 1, sizes)

@@ -129,10 +129,9 @@ def _layer_index_bytes(shape: ModelShape, policy: Policy, num_rows: int, num_uni
     layout = shape.layout(batch_size)
     marks = -(-num_rows // 32) * torch.int32.itemsize
     column = UnitIndex(layout, policy.scorer).nbytes()  # an empty one has a single column
-    row = RowIndex(layout, policy.selector, 0).nbytes()
-    return (
-        num_heads * (counters + boundaries + marks + num_rows * noted) + (num_units + 1) * column + (num_rows + 1) * row
-    )
+    rows = RowIndex(layout, policy.selector, num_rows=0)
+    kept = rows.nbytes() + num_rows * rows.row_bytes()  # an empty one has a single row
+    return num_heads * (counters + boundaries + marks + num_rows * noted) + (num_units + 1) * column + kept
 
 
 def _staging_bytes(shape: ModelShape, context: int, max_new_tokens: int, chunk: int) -> int:

@@ -303,6 +303,7 @@ class RetrievalLayer(LayerRuntime):
             starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
             self.memory.begin_decode()
+            self.catalog.begin_decode()
             self._blocks.begin(starts, self.ledger.lengths)
 
     def _close_blocks(self) -> None:

@@ -34,11 +34,17 @@ class EstimateRest(Selector):
     def capacity_in(self, layout: LayerLayout) -> int:
         return self.selector.capacity_in(layout)
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
-        return self.selector.row_index(keys, values, centres)
+    @property
+    def scales_channels(self) -> bool:
+        return self.selector.scales_channels
 
-    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
-        self.selector.extend(row_index, unit)
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return self.selector.row_index(keys, values, centres, channels)
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
+        self.selector.extend(row_index, unit, channels)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         return self.selector.select(inputs, scores, units)

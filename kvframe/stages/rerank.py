@@ -30,6 +30,9 @@ class SketchRerank(Selector):
     """Of a number in the sketch."""
     run_length: int = field(default=1, validator=integer(at_least=1))
     """Candidates that lie next to each other in the store and are taken together: longer runs cross the link faster."""
+    scales: Literal["token", "channel"] = field(default="token", validator=one_of("token", "channel"))
+    """One step for the numbers of each token; or, "channel", the same after every channel was divided by its own size
+    in the head's first rows, so that the few large channels that keys have do not set every step."""
 
     @property
     def capacity(self) -> int:
@@ -44,17 +47,23 @@ class SketchRerank(Selector):
     def needs_means(self) -> bool:
         return True
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+    @property
+    def scales_channels(self) -> bool:
+        return self.scales == "channel"
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         from kvframe_kernels.key_sketch import encode_sketch
 
-        return encode_sketch(keys, self.bits, centres).named()
+        return encode_sketch(keys, self.bits, centres, channels).named()
 
-    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
         from kvframe_kernels.key_sketch import Sketch, window_sketch
 
         window_sketch(
             Sketch.of(row_index), self.bits, unit.leaves, unit.start, unit.size, unit.keys,
-            unit.ring_first, unit.ring_size, centred=True,
+            unit.ring_first, unit.ring_size, centred=True, channels=channels,
         )  # fmt: skip
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
@@ -66,6 +75,6 @@ class SketchRerank(Selector):
         rows, count = select_units(scores, units.offsets, self.num_candidates, in_order=True, due=inputs.due)
         weights = sketch_scores(
             inputs.query, rows, count, Sketch.of(units.row_index), self.bits, inputs.layout.sm_scale,
-            centres=Centres(units.means[0], units.offsets, units.num_units), due=inputs.due,
+            channels=units.channels, centres=Centres(units.means[0], units.offsets, units.num_units), due=inputs.due,
         )  # fmt: skip
         return select_runs(weights, rows, count, self.run_length, self.token_budget, due=inputs.due)

@@ -35,20 +35,29 @@ class Selector(Stage):
         share a budget or leave room for tokens to come."""
         return self.capacity
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+    @property
+    def scales_channels(self) -> bool:
+        """Whether `row_index` is to be told how large each channel of the keys is."""
+        return False
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What is kept on the device of every row that leaves the window, for `units.row_index`.
 
-        keys: [M, T, D], values: [M, T, Dv]; centres: [M, T, D], for each token the mean key of its unit.
+        keys: [M, T, D], values: [M, T, Dv]; centres: [M, T, D], for each token the mean key of its unit; channels: [M,
+        D] in at least float32, the size of each channel of keys - centres over the first rows of a head, which later
+        rows share and `units.channels` has again. None unless `scales_channels`.
         Returns named tensors [M, T, ...]; names and trailing shapes are always the same.
         """
         return {}
 
-    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
         """Enter the rows of the unit of each head that leaves the window, in place.
 
-        row_index: tensors [B, H, > R, ...], of which the last row takes what belongs nowhere. As defined here,
-        `row_index` makes the entries of a unit of every head, and those of a unit that leaves are entered. A selector
-        may do the same faster.
+        row_index: tensors [B, H, > R, ...], of which the last row takes what belongs nowhere; channels: [B, H, D], as
+        for `row_index`. As defined here, `row_index` makes the entries of a unit of every head, and those of a unit
+        that leaves are entered. A selector may do the same faster.
         """
         from kvframe_kernels.unit_index import unit_mean
 
@@ -57,7 +66,8 @@ class Selector(Stage):
         rows = unit.start[..., None] + torch.arange(unit.max_size, device=unit.start.device)
         inside = unit.leaves[..., None] & (unit_ids.view(*heads, -1) == 0)
         centres = unit_mean(keys, unit_ids, 1).expand_as(keys)
-        for name, entry in self.row_index(keys, values, centres).items():
+        sizes = None if channels is None else channels.flatten(0, 1)
+        for name, entry in self.row_index(keys, values, centres, sizes).items():
             tensor = row_index[name]
             column = torch.where(inside, rows, tensor.shape[2] - 1)
             column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))

@@ -16,13 +16,15 @@ class Trigger(Stage):
     """Decides, for every KV head of every sequence, whether a step selects anew. Decisions stay on the device."""
 
     slot: ClassVar[Slot] = "trigger"
-    selects_ahead: ClassVar[bool] = False
-    """Whether decisions may have heads select for the next step."""
     attends_in_full: ClassVar[bool] = False
     """Whether decisions may have heads attend to everything, which reads all rows from the store."""
-
     reads_prompt: ClassVar[bool] = False
     """Whether `observe_prompt` is to be called."""
+
+    @property
+    def selects_ahead(self) -> bool:
+        """Whether decisions may have heads select for the next step."""
+        return False
 
     @abstractmethod
     def init(self, layout: LayerLayout) -> Any:

@@ -69,12 +69,12 @@ def _check_trigger(trigger: Trigger, case: Case) -> None:
             decision = trigger.step(_inputs(case, layout, step), state)
             if not isinstance(decision, Decision):
                 raise Broken(f"step: expected a Decision, got {decision!r}")
-            for name in ("due", "ahead", "full"):
+            for name in ("due", "ahead", "full", "event"):
                 flags = getattr(decision, name)
                 if name == "due" or flags is not None:
                     _require_tensor(f"step: {name}", flags, heads, (torch.bool,))
             if decision.ahead is not None and not trigger.selects_ahead:
-                raise Broken("step: the decision has heads select ahead; say so by selects_ahead = True")
+                raise Broken("step: the decision has heads select ahead; say so by the property selects_ahead")
             if decision.full is not None and not trigger.attends_in_full:
                 raise Broken("step: the decision has heads attend to everything; say so by attends_in_full = True")
             made.append(decision.due.clone())

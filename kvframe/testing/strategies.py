@@ -32,6 +32,7 @@ _FEW = st.integers(1, 4)
 # By the name of the option. No unit is larger than the smallest budget.
 _OPTIONS: dict[str, SearchStrategy[Any]] = {
     "alpha": st.sampled_from([0.0, 0.02, 0.1, 1.0]),
+    "anchor": st.none() | st.sampled_from([-1.0, 0.0, 0.5, 0.9, 1.5]),
     "beta": _FEW,
     "block_size": st.integers(5, 40),
     "byte_budget": st.integers(40, 2000),
@@ -42,8 +43,10 @@ _OPTIONS: dict[str, SearchStrategy[Any]] = {
     "filter_layers": st.sampled_from([(0,), (0, 1)]),
     "floor": st.sampled_from([0.0, 0.2, 0.7, 1.0]),
     "group_size": st.integers(1, 6),
+    "hysteresis": st.none() | st.sampled_from([0.0, 0.2, 0.6]),
     "kernel_size": st.sampled_from([1, 3, 5]),
     "local_size": st.integers(1, 12),
+    "max_age": st.none() | st.integers(1, 6),
     "max_segment": st.integers(1, 6),
     "max_sentence": st.integers(1, 6),
     "max_tokens": st.integers(4, 16),
@@ -175,8 +178,9 @@ def compositions(*, registered: bool = False, plain: bool = False) -> SearchStra
     if not registered:
         choices["trigger"] |= st.builds(ScatteredTrigger, seed=st.integers(0, 100))
     changes: SearchStrategy[dict[Any, Any]] = st.fixed_dictionaries({}, optional=choices)
+    own = {"ahead": st.just(False)} if plain else None
     return (
-        st.tuples(variants(default_registry().policy_spec("louiskv")), changes)
+        st.tuples(variants(default_registry().policy_spec("louiskv"), own=own), changes)
         .map(lambda drawn: _swapped(*drawn))
         .filter(lambda policies: len(policies) > 0)
         .map(lambda policies: policies[0])

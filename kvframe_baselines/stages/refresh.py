@@ -30,12 +30,15 @@ class RefreshTrigger(Trigger):
     """
 
     name: ClassVar[str] = "refresh"
-    selects_ahead: ClassVar[bool] = True
     attends_in_full: ClassVar[bool] = True
     stride: int = field(default=5, validator=integer(at_least=1))
     """Steps from one comparison to the next."""
     tau: float = field(default=0.85, validator=finite_number)
     """Similarity at or below which a step attends to everything."""
+
+    @property
+    def selects_ahead(self) -> bool:
+        return True
 
     def init(self, layout: LayerLayout) -> RefreshState:
         shape = (layout.batch_size, layout.num_qo_heads, layout.head_dim)

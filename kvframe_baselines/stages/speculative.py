@@ -32,9 +32,12 @@ class SpeculativeTrigger(Trigger):
 
     name: ClassVar[str] = "speculative"
     capturable: ClassVar[bool] = True
-    selects_ahead: ClassVar[bool] = True
     tau: float = field(default=0.8, validator=finite_number)
     """Similarity below which a head selects at once."""
+
+    @property
+    def selects_ahead(self) -> bool:
+        return True
 
     def init(self, layout: LayerLayout) -> SpeculativeState:
         always = torch.ones(layout.batch_size, layout.num_kv_heads, dtype=torch.bool, device=layout.device)

@@ -50,16 +50,22 @@ class TopP(Selector):
     def capacity_in(self, layout: LayerLayout) -> int:
         return self.selector.capacity_in(layout)
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+    @property
+    def scales_channels(self) -> bool:
+        return self.selector.scales_channels
+
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         from kvframe_kernels.key_sketch import encode_sketch
 
         own = encode_sketch(keys, self.bits).named(_OWN)
-        return {**self.selector.row_index(keys, values, centres), **own}
+        return {**self.selector.row_index(keys, values, centres, channels), **own}
 
-    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
         from kvframe_kernels.key_sketch import Sketch, window_sketch
 
-        self.selector.extend(row_index, unit)
+        self.selector.extend(row_index, unit, channels)
         window_sketch(
             Sketch.of(row_index, _OWN), self.bits, unit.leaves, unit.start, unit.size, unit.keys,
             unit.ring_first, unit.ring_size, centred=False,

@@ -53,6 +53,19 @@ def test_one_tau_for_the_model(tiny_model: Path, run_json: RunJson, fails: Fails
     assert "dense_layers names every layer" in fails(*call, "--dense-layers", "0,1,2,3")
 
 
+def test_a_trigger_with_options(tiny_model: Path, run: Run, run_json: RunJson, fails: Fails, text_file: Path) -> None:
+    """All of it fires at the rate; an anchor is found beside tau. What is found cannot be set."""
+    call = ("calibrate", tiny_model, "--text-file", text_file, "--rate", 0.4, "--tokens", 120)
+    call += ("--trigger", "anchor=0.5")
+    found = run_json(*call, "--trigger", "max_age=9")
+
+    assert len(found["anchor"]) == 4
+    assert all(abs(rate - 0.4) < 0.05 for rate in found["achieved"])
+    assert " --set anchor=" in run(*call).stdout.splitlines()[-1]
+    assert "tau is what is looked for" in fails(*call, "--trigger", "tau=0.5")
+    assert "did you mean 'max_age'" in fails(*call, "--trigger", "max_ages=3")
+
+
 def test_tokens_are_shared_among_texts(tiny_model: Path, run_json: RunJson, text_file: Path) -> None:
     """Each text gives its part."""
     call = ("calibrate", tiny_model, "--text-file", text_file, "--text-file", text_file, "--tokens", 101)

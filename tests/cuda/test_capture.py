@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 import kvframe
 from kvframe import Policy
 from kvframe.errors import NotAttachedError
+from kvframe_louis import SemanticTrigger
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -69,6 +70,17 @@ def test_no_host_sync(model: LlamaForCausalLM, name: str) -> None:
 def test_captured_equals_uncaptured(model: LlamaForCausalLM, name: str) -> None:
     """Bit for bit, over 512 steps."""
     policy = small(name, 16)
+    expected, _ = decode(model, policy, 512, capture=False)
+    logits, report = decode(model, policy, 512)
+
+    assert report.num_replayed == 511
+    assert torch.equal(logits, expected)
+
+
+def test_a_guarded_trigger(model: LlamaForCausalLM) -> None:
+    """The same with every option of LouisKV's trigger: whatever it remembers lives on the device."""
+    options = {"heads": "kv-head", "max_age": 9, "anchor": 0.2, "hysteresis": 0.1, "ahead": True}
+    policy = small("louiskv-plus", 16).swap(trigger=SemanticTrigger(tau=0.1, **options))
     expected, _ = decode(model, policy, 512, capture=False)
     logits, report = decode(model, policy, 512)
 

@@ -35,17 +35,21 @@ def nearest_level(number: float, largest: float, bits: int) -> float:
     return min(levels, key=lambda level: abs(number - level))
 
 
-@given(seed=st.integers(0, 2**16), bits=BITS, width=st.integers(1, 9), centred=st.booleans())
-def test_encoding(seed: int, bits: int, width: int, centred: bool):
-    """A number becomes the nearest level of its key, or of what the key differs by from a centre."""
+@given(seed=st.integers(0, 2**16), bits=BITS, width=st.integers(1, 9), centred=st.booleans(), channelled=st.booleans())
+def test_encoding(seed: int, bits: int, width: int, centred: bool, channelled: bool):
+    """A number becomes the nearest level of its key, or of what the key differs by from a centre, channel by channel in
+    its own size."""
     keys = numbers(seed, 2, 4, width)
     centres = numbers(seed + 1, 2, 4, width) if centred else None
-    sketch = encode_sketch(keys, bits, centres)
-    restored = decode_sketch(sketch, bits, width)
+    channels = numbers(seed + 2, 2, width).abs() + 0.1 if channelled else None
+    sketch = encode_sketch(keys, bits, centres, channels)
+    restored = decode_sketch(sketch, bits, width, channels)
 
     assert sketch.codes.shape == (2, 4, packed_size(width, bits)) and sketch.step.shape == (2, 4, 1)
     if centres is not None:
         keys = keys - centres
+    if channels is not None:
+        keys, restored = (part / channels[:, None] for part in (keys, restored))
     for key, came in zip(keys.view(8, -1).tolist(), restored.view(8, -1).tolist()):
         largest = max(abs(number) for number in key)
         for number, back in zip(key, came):
@@ -89,11 +93,11 @@ def test_by_name():
 @given(
     heads=st.sampled_from([(1, 1), (2, 1), (1, 3)]), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5),
     num_places=st.integers(1, 9), bits=BITS, width=st.integers(1, 6), centred=st.booleans(),
-    skipped=st.booleans(), seed=st.integers(0, 2**16),
+    skipped=st.booleans(), channelled=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_sketch_scores(
     heads: tuple[int, int], sizes: list[int], num_places: int, bits: int, width: int, centred: bool, skipped: bool,
-    seed: int,
+    channelled: bool, seed: int,
 ) -> None:  # fmt: skip
     """Softmax over the candidates for every query head, with what sketch and centre stand for, then the mean over a
     group; rows in any order, what is behind the count, and heads that are not due, may hold anything."""
@@ -105,7 +109,8 @@ def test_sketch_scores(
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(2, num_kv_heads, *shape, generator=generator, dtype=torch.float64)
 
-    sketch = encode_sketch(randn(num_rows + 1, width), bits)
+    channels = randn(width).abs() + 0.1 if channelled else None
+    sketch = encode_sketch(randn(num_rows + 1, width), bits, channels=channels)
     means = randn(num_units + 1, width)
     means[:, :, num_units:] = math.nan
     offsets = torch.tensor([first + sum(sizes[:unit]) for unit in range(num_units + 1)] + [1]).expand(*shape, -1)
@@ -118,8 +123,8 @@ def test_sketch_scores(
         rows, count = rows.masked_fill(~due[..., None], 1 << 40), count.masked_fill(~due, 1 << 20)
     query = torch.randn(2, num_kv_heads * group_size, width, generator=generator, dtype=torch.float64)
     centres = Centres(means, offsets, torch.full(shape, num_units)) if centred else None
-    scores = sketch_scores(query, rows, count, sketch, bits, 0.7, centres=centres, due=due)
-    approximate = decode_sketch(sketch, bits, width)
+    scores = sketch_scores(query, rows, count, sketch, bits, 0.7, channels=channels, centres=centres, due=due)
+    approximate = decode_sketch(sketch, bits, width, channels)
 
     assert scores.shape == rows.shape and scores.dtype == torch.float64
     for batch in range(2):
@@ -144,11 +149,12 @@ def test_sketch_scores(
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 7)), ring_size=st.integers(1, 9),
     first=st.integers(0, 2), num_rows=st.integers(1, 12), bits=BITS, centred=st.booleans(),
-    seed=st.integers(0, 2**16),
+    channelled=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_window_sketch(
-    shape: tuple[int, int, int], ring_size: int, first: int, num_rows: int, bits: int, centred: bool, seed: int
-) -> None:
+    shape: tuple[int, int, int], ring_size: int, first: int, num_rows: int, bits: int, centred: bool,
+    channelled: bool, seed: int,
+) -> None:  # fmt: skip
     """Keys of the leaving unit, wherever the ring wraps, as `encode_sketch` makes them; all else stays."""
     *heads, width = shape
     generator = torch.Generator().manual_seed(seed)
@@ -158,7 +164,10 @@ def test_window_sketch(
     leaves = torch.rand(heads, generator=generator) < 0.7
     start = torch.randint(0, num_rows + 2, heads, generator=generator)
     size = torch.randint(1, ring_size + 1, heads, generator=generator)
-    window_sketch(sketch, bits, leaves, start, size, buffer, first, ring_size, centred=centred)
+    channels = None
+    if channelled:
+        channels = torch.rand(*heads, width, generator=generator, dtype=torch.float64) + 0.1
+    window_sketch(sketch, bits, leaves, start, size, buffer, first, ring_size, centred=centred, channels=channels)
 
     expected = Sketch(*(part.clone() for part in before))
     for batch, head in leaves.nonzero().tolist():
@@ -166,7 +175,7 @@ def test_window_sketch(
         rows = range(low, low + int(size[batch, head]))
         keys = torch.stack([buffer[batch, head, first + row % ring_size] for row in rows])
         centre = keys.mean(0, keepdim=True).expand_as(keys) if centred else None
-        codes, step = encode_sketch(keys, bits, centre)
+        codes, step = encode_sketch(keys, bits, centre, None if channels is None else channels[batch, head])
         for place, row in enumerate(rows):
             if row < num_rows:
                 expected.codes[batch, head, row], expected.step[batch, head, row] = codes[place], step[place]

@@ -105,6 +105,19 @@ class PlainHead:
 
 
 @define
+class PlainTrigger:
+    """What the trigger remembers of one KV head, as positions of the text."""
+
+    used: int = 0
+    """The first step that attends to what was selected last."""
+    anchor: int = 0
+    """The step whose query selected last."""
+    armed: bool = True
+    pending: int | None = None
+    """The step whose query selects in the step to come."""
+
+
+@define
 class PlainRow:
     """One sequence under one trigger."""
 
@@ -112,6 +125,7 @@ class PlainRow:
     layout: LayerLayout
     text: Text  # of this row alone, without padding
     heads: list[PlainHead]
+    triggers: list[PlainTrigger]
     first: bool = True
     length: int = 0
 
@@ -121,30 +135,57 @@ class PlainRow:
         own = slice(None) if head is None else slice(head * group, (head + 1) * group)
         return self.text.query[0, own, position].tolist()
 
-    def is_event(self, head: int) -> bool:
-        """r_t < tau, or the first step of a turn."""
+    def similarity(self, before: int, head: int, rope: str) -> float:
+        """Mean cosine of this step's queries to those of an earlier one."""
         which = head if self.policy.trigger.heads == "kv-head" else None
-        now, before = self.queries(self.length, which), self.queries(self.length - 1, which)
-        if self.policy.trigger.rope == "before":
+        now, older = self.queries(self.length, which), self.queries(before, which)
+        if rope == "before":
             assert self.layout.rotate is not None
-            before = self.layout.rotate(torch.tensor(before, dtype=torch.float64), 1).tolist()
-        similarity = sum(map(cosine, now, before)) / len(now)
-        return self.first or similarity < self.policy.trigger.tau
+            older = self.layout.rotate(torch.tensor(older, dtype=torch.float64), self.length - before).tolist()
+        return sum(map(cosine, now, older)) / len(now)
+
+    def turned(self, head: int) -> bool:
+        """r_t < tau, or the first step of a turn."""
+        trigger, state = self.policy.trigger, self.triggers[head]
+        similarity = self.similarity(self.length - 1, head, trigger.rope)
+        low = similarity < trigger.tau
+        fires = self.first or (low and state.armed)
+        if trigger.hysteresis is not None:
+            state.armed = not low and (state.armed or similarity >= trigger.tau + trigger.hysteresis)
+        return fires
+
+    def drifted(self, head: int) -> bool:
+        """The selection in use is too old, or was for quite another query."""
+        trigger, state = self.policy.trigger, self.triggers[head]
+        if self.first:
+            state.used = state.anchor = self.length
+        in_use_from = self.length + trigger.ahead  # what would be selected now
+        old = trigger.max_age is not None and in_use_from - state.used >= trigger.max_age
+        return old or (trigger.anchor is not None and self.similarity(state.anchor, head, "before") < trigger.anchor)
 
     def read(self, num_tokens: int) -> None:
         """Prompt tokens."""
         for head in self.heads:
             head.read(num_tokens)
+        for state in self.triggers:
+            state.armed, state.pending = True, None
         self.length += num_tokens
         self.first = True
 
     def step(self) -> None:
         """One generated token."""
-        events = [self.is_event(head) for head in range(len(self.heads))]
-        for index, (head, event) in enumerate(zip(self.heads, events)):
-            head.step(event)
-            if event:
-                head.select(self.queries(self.length, index), self.layout.sm_scale)
+        ahead = self.policy.trigger.ahead
+        for index, (head, state) in enumerate(zip(self.heads, self.triggers)):
+            turned, drifted = self.turned(index), self.drifted(index)
+            head.step(turned or drifted)
+            now = self.first or ((turned or drifted) and not ahead)
+            query = self.length if now else state.pending
+            if query is not None:
+                head.select(self.queries(query, index), self.layout.sm_scale)
+            later = ahead and (drifted or (turned and not self.first))
+            state.pending = self.length if later else None
+            if now or later:
+                state.used, state.anchor = self.length + later, self.length
         self.length += 1
         self.first = False
 
@@ -155,7 +196,7 @@ def plain_rows(policy: Policy, case: Case, layout: LayerLayout, text: Text) -> l
     for batch, padding in enumerate(case.padding):
         own = text.row(batch, padding)
         heads = [PlainHead(policy, own.keys[0, head].tolist()) for head in range(layout.num_kv_heads)]
-        rows.append(PlainRow(policy, layout, own, heads))
+        rows.append(PlainRow(policy, layout, own, heads, [PlainTrigger() for _ in heads]))
     return rows
 
 

@@ -1,6 +1,7 @@
-"""The semantic trigger: r_t < tau, per layer or per KV head, before or after RoPE."""
+"""The semantic trigger: r_t < tau, per layer or per KV head, before or after RoPE; and what guards it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from kvframe import LayerLayout, StepInputs
 from kvframe.errors import ConfigError
 from kvframe.testing.cases import make_layout, make_text, turn
-from kvframe_louis import SemanticTrigger
+from kvframe_louis import SegmentUnits, SemanticTrigger
 
 
 def due_steps(trigger: SemanticTrigger, layout: LayerLayout, queries: list[Tensor], first: int = 1) -> list[Tensor]:
@@ -151,6 +152,178 @@ def test_a_tau_for_every_layer():
     assert fired == [[True, False, False], [True, True, True], [True, False, True]]
 
 
+# ---- what is ours ---------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "tau": st.floats(-1, 1),
+    "heads": st.sampled_from(["layer", "kv-head"]),
+    "anchor": st.none() | st.floats(-1, 1),
+    "hysteresis": st.none() | st.floats(0, 1),
+}
+
+
+def decide(trigger: SemanticTrigger, layout: LayerLayout, queries: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """For queries [B, Hq, D] behind the first, which ends a prompt: which heads start to use a new selection at each of
+    these steps, and which selected with the query of that step, bool [steps, B, H] both."""
+    state = trigger.init(layout)
+    trigger.begin(queries[0], state)
+    used, selected, pending = [], [], torch.zeros(layout.batch_size, layout.num_kv_heads, dtype=torch.bool)
+    for query in queries[1:]:
+        decision = trigger.step(StepInputs(query=query, layout=layout), state)
+        ahead = torch.zeros_like(pending) if decision.ahead is None else decision.ahead.clone()
+        used.append(decision.due | pending)
+        selected.append(decision.due | ahead)
+        pending = ahead
+    return torch.stack(used), torch.stack(selected)
+
+
+@given(
+    options=st.fixed_dictionaries(OPTIONS), max_age=st.integers(1, 8), ahead=st.booleans(), seed=st.integers(0, 2**16)
+)
+def test_no_selection_is_older_than_max_age(options: dict[str, object], max_age: int, ahead: bool, seed: int):
+    """No head goes more than `max_age` steps from one selection that it uses to the next, whatever else is set."""
+    layout = make_layout()
+    trigger = SemanticTrigger(max_age=max_age, ahead=ahead, **options)
+    used, _ = decide(trigger, layout, some_queries(layout, 30, seed))
+
+    for flags in used.flatten(1).T:
+        steps = [*flags.nonzero()[:, 0].tolist(), len(flags)]
+        assert steps[0] == 0
+        assert all(later - earlier <= max_age for earlier, later in pairwise(steps))
+
+
+@given(max_age=st.integers(1, 8), seed=st.integers(0, 2**16))
+def test_max_age_alone(max_age: int, seed: int):
+    """Where tau never fires, every `max_age`-th step is due, and no other."""
+    layout = make_layout()
+    used, _ = decide(SemanticTrigger(tau=-1.0, max_age=max_age), layout, some_queries(layout, 20, seed))
+
+    assert [bool(flags.all()) for flags in used] == [step % max_age == 0 for step in range(19)]
+    assert torch.equal(used.any(-1), used.all(-1))
+
+
+@given(
+    options=st.fixed_dictionaries({**OPTIONS, "anchor": st.floats(-1, 1)}),
+    ahead=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_the_anchor_bounds_drift(options: dict[str, object], ahead: bool, seed: int):
+    """Whoever did not select in a step is still near the query of its last selection, both before RoPE."""
+    layout = make_layout(head_dim=4)
+    plain = some_queries(layout, 20, seed)
+    turned = [turn(query, 100 + position) for position, query in enumerate(plain)]
+    trigger = SemanticTrigger(ahead=ahead, **options)
+    _, selected = decide(trigger, layout, turned)
+    groups = range(layout.num_kv_heads)
+    for batch in range(layout.batch_size):
+        for head in groups:
+            last = 0
+            for step, query in enumerate(plain[1:]):
+                if selected[step, batch, head]:
+                    last = step
+                    continue
+                own = slice(None) if trigger.heads == "layer" else slice(head * 2, head * 2 + 2)
+                pairs = zip(plain[1 + last][batch, own].tolist(), query[batch, own].tolist(), strict=True)
+                cosines = [cosine(*pair) for pair in pairs]
+                # The trigger turns its anchor step by step, which rounds.
+                assert sum(cosines) / len(cosines) >= trigger.anchor - 1e-9
+
+
+def test_slow_drift():
+    """A query that turns a little at every step never fires by tau, and by the anchor once it has turned enough."""
+    layout = make_layout(batch_size=1, num_kv_heads=1, group_size=1, head_dim=4)
+    angles = [math.radians(10 * step) for step in range(19)]
+    plain = [torch.tensor([[[0, 0, math.cos(angle), math.sin(angle)]]], dtype=torch.float64) for angle in angles]
+    queries = [turn(query, position) for position, query in enumerate(plain)]
+    threshold = math.cos(math.radians(35))
+
+    def fired(**options: float) -> list[int]:
+        _, selected = decide(SemanticTrigger(tau=0.9, **options), layout, queries)
+        return selected.flatten().nonzero()[:, 0].tolist()
+
+    assert fired() == [0]
+    assert fired(anchor=threshold) == [0, 4, 8, 12, 16]
+
+
+def test_an_outlier_fires_once():
+    """With hysteresis; and again once the query has come to rest. Without it fires on the way back as well."""
+    layout = make_layout(batch_size=1, num_kv_heads=1, group_size=1, head_dim=2)
+    signs = [1, 1, 1, -1, 1, 1, 1, -1, -1, -1]
+    queries = [torch.tensor([[[float(sign), 0.0]]], dtype=torch.float64) for sign in signs]
+
+    def fired(**options: float) -> list[int]:
+        _, selected = decide(SemanticTrigger(tau=0.5, **options), layout, queries)
+        return selected.flatten().nonzero()[:, 0].tolist()
+
+    assert fired() == [0, 2, 3, 6]
+    assert fired(hysteresis=0.2) == [0, 2, 6]
+
+
+@given(options=st.fixed_dictionaries({**OPTIONS, "hysteresis": st.floats(0, 1)}), seed=st.integers(0, 2**16))
+def test_between_two_fires_the_query_comes_to_rest(options: dict[str, object], seed: int):
+    """With hysteresis there is a similarity of at least tau + hysteresis between two selections by tau."""
+    layout = make_layout()
+    queries = some_queries(layout, 20, seed)
+    trigger = SemanticTrigger(**{**options, "anchor": None})
+    _, selected = decide(trigger, layout, queries)
+    for batch in range(layout.batch_size):
+        for head in range(layout.num_kv_heads):
+            own = slice(None) if trigger.heads == "layer" else slice(head * 2, head * 2 + 2)
+            rested = True
+            for step in range(1, len(selected)):
+                pairs = zip(queries[step][batch, own].tolist(), queries[step + 1][batch, own].tolist(), strict=True)
+                cosines = [cosine(*pair) for pair in pairs]
+                if selected[step, batch, head] and step > 1:
+                    assert rested
+                if sum(cosines) / len(cosines) >= trigger.tau + trigger.hysteresis:
+                    rested = True
+                elif selected[step, batch, head]:
+                    rested = False
+
+
+@given(options=st.fixed_dictionaries({"tau": OPTIONS["tau"], "heads": OPTIONS["heads"]}), seed=st.integers(0, 2**16))
+def test_ahead_is_a_step_late(options: dict[str, object], seed: int):
+    """The same steps fire, their selections are used one step later; the first step selects for itself."""
+    layout = make_layout()
+    queries = some_queries(layout, 15, seed)
+    used, selected = decide(SemanticTrigger(**options), layout, queries)
+    used_later, selected_ahead = decide(SemanticTrigger(ahead=True, **options), layout, queries)
+
+    assert torch.equal(used, selected) and torch.equal(selected, selected_ahead)
+    assert used_later[0].all() and not used_later[1].any()
+    assert torch.equal(used_later[2:], used[1:-1])
+
+
+def test_segments_end_where_the_text_turns():
+    """A segment ends before the token at which the trigger fires, also where the selection comes a step later."""
+    layout = make_layout(batch_size=1, num_kv_heads=1, group_size=1, head_dim=2)
+    queries = [torch.tensor([[[float(sign), 0.0]]], dtype=torch.float64) for sign in (1, 1, 1, -1, -1)]
+    trigger = SemanticTrigger(tau=0.5, ahead=True)
+    state = trigger.init(layout)
+    trigger.begin(queries[0], state)
+    cuts, units = [], SegmentUnits()
+    for query in queries[1:]:
+        inputs = StepInputs(query=query, layout=layout)
+        cuts.append(bool(units.boundary(inputs, trigger.step(inputs, state), None)))
+
+    assert cuts == [True, False, True, False]
+
+
+def test_anchors_of_a_16_bit_model():
+    """Some hundred turns of the anchor, one a step, leave it as near as a single turn of that many positions would."""
+    layout = make_layout(batch_size=1, num_kv_heads=1, group_size=1, head_dim=4, dtype=torch.bfloat16)
+    query = torch.tensor([[[1.0, 0.5, 0.2, -0.3]]])
+    trigger = SemanticTrigger(tau=-1.0, anchor=0.999)
+    state = trigger.init(layout)
+    trigger.begin(query.bfloat16(), state)
+    fired = []
+    for position in range(400):
+        inputs = StepInputs(query=turn(query, position).bfloat16(), layout=layout)
+        fired.append(bool(trigger.step(inputs, state).due))
+
+    assert fired == [True] + [False] * 399
+
+
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_tau_for_another_model(num_layers: int):
     """A tuple that does not have a value for every layer is refused with both numbers."""
@@ -158,10 +331,13 @@ def test_tau_for_another_model(num_layers: int):
         SemanticTrigger(tau=(0.5, 0.7)).init(make_layout(num_layers=num_layers))
 
 
-def test_before_rope_needs_a_rotation():
-    """A model whose rotation is not known is refused, and after RoPE is named as the way out."""
-    with pytest.raises(ConfigError, match="use rope='after'"):
-        SemanticTrigger(rope="before").init(make_layout(rotate=None))
+@pytest.mark.parametrize(
+    "options, way_out", [({"rope": "before"}, "rope='after'"), ({"anchor": 0.5}, "max_age instead of an anchor")]
+)
+def test_before_rope_needs_a_rotation(options: dict[str, object], way_out: str):
+    """A model whose rotation is not known is refused, and what does without it is named as the way out."""
+    with pytest.raises(ConfigError, match=f"use {way_out}"):
+        SemanticTrigger(**options).init(make_layout(rotate=None))
 
 
 @pytest.mark.parametrize("tau", [float("nan"), float("inf"), "0.7", None, True, (), (0.5, None), (float("nan"),)])
@@ -171,9 +347,27 @@ def test_tau_that_is_none(tau: object):
         SemanticTrigger(tau=tau)
 
 
-@pytest.mark.parametrize("options", [{"rope": "none"}, {"rope": True}, {"heads": "qo-head"}])
+@pytest.mark.parametrize("options", [{"rope": "none"}, {"rope": True}, {"heads": "qo-head"}, {"ahead": 1}])
 def test_options_that_are_none(options: dict[str, object]):
     """Anything but the choices is refused."""
     (name,) = options
     with pytest.raises(ConfigError, match=rf"SemanticTrigger\.{name} must be one of"):
+        SemanticTrigger(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_age": 0},
+        {"max_age": 2.5},
+        {"hysteresis": -0.1},
+        {"hysteresis": float("nan")},
+        {"anchor": ()},
+        {"anchor": "0"},
+    ],
+)
+def test_guards_that_are_none(options: dict[str, object]):
+    """An age is a whole number of steps, an anchor a number for every layer, a hysteresis not below 0."""
+    (name,) = options
+    with pytest.raises(ConfigError, match=rf"SemanticTrigger\.{name} must be "):
         SemanticTrigger(**options)

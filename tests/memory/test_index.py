@@ -5,8 +5,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from kvframe import MeanKey
-from kvframe.memory.index import UnitIndex
+from kvframe import MeanKey, SketchRerank
+from kvframe.memory.index import RowIndex, UnitIndex
 from kvframe.testing.cases import make_layout
 from kvframe_baselines import AccumulatedAttention
 
@@ -76,3 +76,38 @@ def test_room(scorer: MeanKey):
         assert {tensor.shape[2] for tensor in index.tensors.values()} <= {index.max_units + 1}
 
     assert rooms == [0, 7, 7, 4, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_of_channels(dtype: torch.dtype):
+    """Of each sequence and head: root mean square of keys less the mean of their unit, over its first block. Later
+    blocks do not move them, nor does a block after decoding began; another text does. They count as memory."""
+    layout = make_layout(batch_size=2, num_kv_heads=2, head_dim=3, dtype=dtype)
+    rows = RowIndex(layout, SketchRerank(scales="channel", bits=8), 20)
+    bare = RowIndex(layout, SketchRerank(scales="token", bits=8), 20)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 6, 3, generator=generator).to(dtype)
+    keys[..., 1] = 0  # a channel that is nothing has the size 1
+    unit_ids = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2]])
+    expected = torch.ones(2, 2, 3)
+    for head in range(2):
+        units = [keys[head, unit_ids[head] == unit].float() for unit in range(3)]
+        rest = torch.cat([unit - unit.mean(0) for unit in units])
+        expected[1, head, [0, 2]] = rest.square().mean(0).sqrt()[[0, 2]]
+
+    def sizes() -> Tensor:
+        assert rows.channels is not None and rows.channels.dtype == torch.float32
+        return rows.channels.clone()
+
+    rows.write(1, 2, keys, keys, unit_ids, 3)
+    first = sizes()
+    torch.testing.assert_close(first, expected, rtol=1e-2, atol=1e-3)
+    rows.write(1, 8, 5 * keys, keys, unit_ids, 3)
+    rows.begin_decode()
+    rows.write(0, 2, keys, keys, unit_ids, 3)
+    assert torch.equal(sizes(), first)
+    assert rows.nbytes() == bare.nbytes() + first.nbytes
+    rows.forget()
+    assert (sizes() == 1).all()
+    rows.write(0, 2, keys, keys, unit_ids, 3)
+    assert torch.equal(sizes()[0], first[1])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kvframe
 from kvframe import SketchRerank, StepInputs, UnitTable
 from kvframe.errors import ConfigError
+from kvframe.memory.index import channel_sizes
 from kvframe.testing.cases import make_layout
 from kvframe_kernels.key_sketch import Sketch, decode_sketch
 
@@ -52,12 +53,17 @@ def expected(
     oversample=st.integers(1, 4),
     bits=st.sampled_from([2, 4, 8]),
     run_length=st.integers(1, 4),
+    scales=st.sampled_from(["token", "channel"]),
     seed=st.integers(0, 2**16),
 )
-def test_two_passes(sizes: list[int], token_budget: int, oversample: int, bits: int, run_length: int, seed: int):
+def test_two_passes(
+    sizes: list[int], token_budget: int, oversample: int, bits: int, run_length: int, scales: str, seed: int
+):
     """Units by score up to a multiple of the budget; then runs of their tokens by what a softmax over these candidates
     gives them, with keys from the sketch; the last run is cut to fit."""
-    selector = SketchRerank(token_budget=token_budget, oversample=oversample, bits=bits, run_length=run_length)
+    selector = SketchRerank(
+        token_budget=token_budget, oversample=oversample, bits=bits, run_length=run_length, scales=scales
+    )
     generator = torch.Generator().manual_seed(seed)
     num_tokens, num_units, width = sum(sizes), len(sizes), LAYOUT.head_dim
     keys = torch.randn(1, num_tokens, width, generator=generator, dtype=torch.float64)
@@ -65,7 +71,8 @@ def test_two_passes(sizes: list[int], token_budget: int, oversample: int, bits: 
     scores = torch.rand(1, 1, num_units, generator=generator, dtype=torch.float64)
     unit = torch.arange(num_units).repeat_interleave(torch.tensor(sizes))
     means = torch.stack([keys[0, unit == number].mean(0) for number in range(num_units)])
-    sketch = selector.row_index(keys, keys, means[unit][None])
+    channels = torch.rand(1, width, generator=generator, dtype=torch.float64) + 0.1 if scales == "channel" else None
+    sketch = selector.row_index(keys, keys, means[unit][None], channels)
     # A column more than there are units or rows, with what means nothing.
     units = UnitTable(
         offsets=torch.tensor([[[FIRST, *(FIRST + sum(sizes[: n + 1]) for n in range(num_units)), 0]]]),
@@ -75,15 +82,39 @@ def test_two_passes(sizes: list[int], token_budget: int, oversample: int, bits: 
         row_index={
             name: torch.nn.functional.pad(part, (0, 0, FIRST, 2), value=9)[:, None] for name, part in sketch.items()
         },
+        channels=None if channels is None else channels[None],
     )
     inputs = StepInputs(query=query, layout=LAYOUT)
     rows, count = selector.select(inputs, torch.nn.functional.pad(scores, (0, 1), value=-math.inf), units)
-    approximate = means[unit] + decode_sketch(Sketch.of(sketch), bits, width)[0]
+    decoded = decode_sketch(Sketch.of(sketch), bits, width, channels)[0]
+    approximate = means[unit] + decoded
     wanted = expected(selector, scores[0, 0].tolist(), sizes, query[0].tolist(), approximate.tolist())
 
     assert rows.shape == (1, 1, token_budget) and count.tolist() == [[min(token_budget, num_tokens)]]
     assert sorted(rows[0, 0, : len(wanted)].tolist()) == sorted(wanted) and len(wanted) == int(count)
     assert (rows[0, 0, len(wanted) :] == -1).all()
+
+
+def products_off(selector: SketchRerank, keys: torch.Tensor, query: torch.Tensor) -> float:
+    """Root mean square of what is missed of q . k by a sketch of the keys [T, D], with queries [n, D]."""
+    channels = channel_sizes(keys[None]) if selector.scales_channels else None
+    sketch = selector.row_index(keys[None], keys[None], torch.zeros_like(keys)[None], channels)
+    decoded = decode_sketch(Sketch.of(sketch), selector.bits, keys.shape[-1], channels)[0]
+    return float((query @ (decoded - keys).T).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@given(outlier=st.floats(8, 64), place=st.integers(0, 31), seed=st.integers(0, 2**16))
+def test_large_channels(bits: int, outlier: float, place: int, seed: int):
+    """Where one channel of all keys is many times as large as the others, sizes of channels make the sketch's products
+    at least twice as exact, for queries that do not lie in that channel alone: its step is the channel's own."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, query = torch.randn(2, 200, 32, generator=generator, dtype=torch.float64)
+    keys[:, place] *= outlier
+    query[:, place] /= outlier
+    by_token, by_channel = (products_off(SketchRerank(bits=bits, scales=s), keys, query) for s in ("token", "channel"))
+
+    assert by_channel < by_token / 2
 
 
 def test_the_sketch_decides_within_a_unit():

@@ -32,6 +32,7 @@ def sketch_scores(
     bits: int,
     sm_scale: float,
     *,
+    channels: Tensor | None = None,
     centres: Centres | None = None,
     due: Tensor | None = None,
     backend: Backend = "auto",
@@ -46,10 +47,12 @@ def sketch_scores(
         if centres.mean_keys.stride(-1) != 1:
             reason = reason or "the kernel serves mean keys whose numbers lie side by side"
     if choose("sketch_scores", query, backend, reason, kernels=("triton",)) == "reference":
-        return sketch_scores_reference(query, rows, count, sketch, bits, sm_scale, centres=centres, due=due)
+        return sketch_scores_reference(
+            query, rows, count, sketch, bits, sm_scale, channels=channels, centres=centres, due=due
+        )
     from kvframe_kernels.key_sketch.triton_kernel import sketch_scores_triton
 
-    return sketch_scores_triton(query, rows, count, sketch, bits, sm_scale, centres, due)
+    return sketch_scores_triton(query, rows, count, sketch, bits, sm_scale, channels, centres, due)
 
 
 def window_sketch(
@@ -63,6 +66,7 @@ def window_sketch(
     ring_size: int,
     *,
     centred: bool,
+    channels: Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """`window_sketch_reference`, by the chosen backend."""
@@ -70,8 +74,10 @@ def window_sketch(
     if buffer.stride(-1) != 1 or sketch.codes.stride(-1) != 1:
         reason = reason or "the kernel serves rows whose numbers lie side by side"
     if choose("window_sketch", buffer, backend, reason, kernels=("triton",)) == "reference":
-        window_sketch_reference(sketch, bits, leaves, start, size, buffer, first, ring_size, centred=centred)
+        window_sketch_reference(
+            sketch, bits, leaves, start, size, buffer, first, ring_size, centred=centred, channels=channels
+        )
         return
     from kvframe_kernels.key_sketch.triton_kernel import window_sketch_triton
 
-    window_sketch_triton(sketch, bits, leaves, start, size, buffer, first, ring_size, centred)
+    window_sketch_triton(sketch, bits, leaves, start, size, buffer, first, ring_size, centred, channels)

@@ -40,27 +40,33 @@ class Centres(NamedTuple):
     """int64 [B, H]: units behind it do not exist."""
 
 
-def encode_sketch(keys: Tensor, bits: int, centres: Tensor | None = None) -> Sketch:
-    """Keys [..., D] in `bits` a number, or, with `centres` of the same shape, what they differ from these by.
+def encode_sketch(keys: Tensor, bits: int, centres: Tensor | None = None, channels: Tensor | None = None) -> Sketch:
+    """Keys [..., T, D] in `bits` a number, or, with `centres` of the same shape, what they differ from these by.
 
     Levels lie evenly and symmetrically about 0, the outermost at the key's largest number.
+
+    channels: [..., D], what that is divided by before. Some channels of keys are many times as large as the others, in
+    nearly every token (KIVI, 2024, arXiv 2402.02750; KVQuant, 2024, arXiv 2401.18079), and would set its step.
     """
     # In 16 bits a level of 8 would be off by more than the rounding to it.
     dtype = torch.promote_types(keys.dtype, torch.float32)
     numbers = keys.to(dtype) if centres is None else keys.to(dtype) - centres.to(dtype)
+    if channels is not None:
+        numbers = numbers / channels[..., None, :].to(dtype)
     most = 2**bits - 1
     step = (numbers.abs().amax(-1, keepdim=True) * (2 / most)).to(keys.dtype)
     levels = (numbers / step.to(dtype).masked_fill(step == 0, 1) + most / 2).round().clamp(0, most)
     return Sketch(pack(levels.to(torch.uint8), bits), step)
 
 
-def decode_sketch(sketch: Sketch, bits: int, width: int) -> Tensor:
-    """What `encode_sketch` was given, nearly: [..., width] in the dtype of the steps, which is at least float32 after
-    it."""
+def decode_sketch(sketch: Sketch, bits: int, width: int, channels: Tensor | None = None) -> Tensor:
+    """What `encode_sketch` was given, with the same channels, nearly: [..., T, width] in the dtype of the steps, which
+    is at least float32 after it."""
     dtype = torch.promote_types(sketch.step.dtype, torch.float32)
     levels = unpack(sketch.codes, bits, width).to(dtype)
     middle: float = (2**bits - 1) / 2
-    return (levels - middle) * sketch.step.to(dtype)
+    numbers = (levels - middle) * sketch.step.to(dtype)
+    return numbers if channels is None else numbers * channels[..., None, :].to(dtype)
 
 
 def sketch_scores_reference(
@@ -71,6 +77,7 @@ def sketch_scores_reference(
     bits: int,
     sm_scale: float,
     *,
+    channels: Tensor | None = None,
     centres: Centres | None = None,
     due: Tensor | None = None,
 ) -> Tensor:
@@ -78,8 +85,8 @@ def sketch_scores_reference(
     candidates for every query head, then the mean over the heads of a group.
 
     query: [B, Hq, D]; rows: int64 [B, H, C], the first count[b, h] of which are candidates, count int64 [B, H].
-    sketch: of all rows, codes uint8 [B, H, R, ...] and step [B, H, R, 1]. With `centres`, a key is the mean key of its
-    row's unit and its sketch; without, the sketch alone.
+    sketch: of all rows, codes uint8 [B, H, R, ...] and step [B, H, R, 1]; channels: [B, H, D], as it was made with.
+    With `centres`, a key is the mean key of its row's unit and its sketch; without, the sketch alone.
     due: bool [B, H], where false nobody reads the result and rows and count may be anything; None is true.
     Returns [B, H, C] in at least float32, -inf where there is no candidate.
     """
@@ -88,7 +95,7 @@ def sketch_scores_reference(
         exists = exists & due[..., None]
     place = torch.where(exists, rows, 0)
     codes, step = (part.gather(2, place[..., None].expand(*rows.shape, part.shape[-1])) for part in sketch)
-    keys = decode_sketch(Sketch(codes, step), bits, query.shape[-1])  # [B, H, C, D]
+    keys = decode_sketch(Sketch(codes, step), bits, query.shape[-1], channels)  # [B, H, C, D]
     grouped = query.to(keys.dtype).reshape(*rows.shape[:2], -1, query.shape[-1]) * sm_scale  # [B, H, G, D]
     products = torch.matmul(grouped, keys.transpose(2, 3))
     if centres is not None:
@@ -121,13 +128,15 @@ def window_sketch_reference(
     ring_size: int,
     *,
     centred: bool,
+    channels: Tensor | None = None,
 ) -> None:
     """Enter the sketches of the keys of a unit that leaves the window into their rows, in place.
 
     sketch: of all rows, codes uint8 [B, H, R, ...] and step [B, H, R, 1]; leaves: bool [B, H]; start, size: int64
     [B, H], a unit is the rows [start, start + size). buffer: [B, H, N, D], whose slots from `first` on are a ring of
     `ring_size`: the key of row r is buffer[b, h, first + r % ring_size]. A unit has at most `ring_size` rows.
-    centred: sketch the difference to the mean key of the unit, as that is in the dtype of the keys.
+    centred: sketch the difference to the mean key of the unit, as that is in the dtype of the keys; channels: [B, H,
+    D], what it is divided by.
     Nothing is written where not `leaves`, nor for a row outside [0, R).
     """
     found = leaving_rows(leaves, start, size, buffer, first, ring_size)
@@ -143,5 +152,5 @@ def window_sketch_reference(
     rows = start[..., None] + torch.arange(keys.shape[2], device=start.device)
     writes = inside[..., 0] & leaves[..., None] & (rows >= 0) & (rows < num_rows)
     batch, head, entry = writes.nonzero(as_tuple=True)
-    for tensor, part in zip(sketch, encode_sketch(keys, bits, centre), strict=True):
+    for tensor, part in zip(sketch, encode_sketch(keys, bits, centre, channels), strict=True):
         tensor[batch, head, rows[batch, head, entry]] = part[batch, head, entry]

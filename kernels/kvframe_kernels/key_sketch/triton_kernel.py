@@ -18,7 +18,7 @@ _ROWS = 16
 
 @triton.jit(do_not_specialize=["capacity", "num_tiles", "num_kv_heads", "max_units", "num_steps"])
 def _sketch_products_kernel(
-    query, rows, count, codes, step, mean_keys, unit_offsets, num_units, due, products, tops, sums, sm_scale,
+    query, rows, count, codes, step, channels, mean_keys, unit_offsets, num_units, due, products, tops, sums, sm_scale,
     query_batch, query_head, codes_batch, codes_head, codes_row, step_batch, step_head, step_row,
     mean_batch, mean_head, mean_unit, offsets_head,
     capacity, num_tiles, num_kv_heads, max_units, num_steps,
@@ -52,6 +52,8 @@ def _sketch_products_kernel(
     levels = (levels.to(tl.float32) - MOST / 2).to(query.dtype.element_ty)
     steps = tl.load(step + batch * step_batch + head * step_head + row * step_row, mask=exists, other=0.0)
     steps = steps.to(tl.float32)
+    if channels is not None:
+        sizes = tl.load(channels + kv_head * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     if mean_keys is not None:
         # The unit of each row: the last that begins at or before it.
         low = tl.zeros([TILE], tl.int32)
@@ -69,7 +71,11 @@ def _sketch_products_kernel(
         is_member = members < GROUP_SIZE
         place = batch * query_batch + (head * GROUP_SIZE + members)[:, None] * query_head + columns[None, :]
         q = tl.load(query + place, mask=is_member[:, None] & (columns < WIDTH)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(levels), input_precision="ieee") * steps[None, :]
+        scaled = q
+        if channels is not None:
+            # What keys were divided by, their queries are multiplied with.
+            scaled = (q.to(tl.float32) * sizes[None, :]).to(q.dtype)
+        scores = tl.dot(scaled, tl.trans(levels), input_precision="ieee") * steps[None, :]
         if mean_keys is not None:
             scores += tl.dot(q, tl.trans(means), input_precision="ieee")
         scores = scores * sm_scale
@@ -89,6 +95,7 @@ def sketch_scores_triton(
     sketch: Sketch,
     bits: int,
     sm_scale: float,
+    channels: Tensor | None,
     centres: Centres | None,
     due: Tensor | None,
 ) -> Tensor:
@@ -98,7 +105,7 @@ def sketch_scores_triton(
     group_size = query.shape[1] // num_kv_heads
     if query.stride(-1) != 1:
         query = query.contiguous()
-    count, due = count.contiguous(), None if due is None else due.contiguous()
+    count, due = count.contiguous(), _contiguous(due)
     codes, step = sketch
     means = offsets = num_units = None
     max_units, offsets_head = 0, 0
@@ -110,8 +117,8 @@ def sketch_scores_triton(
     products = query.new_empty(num_heads * group_size, capacity, dtype=torch.float32)
     tops, sums = query.new_empty(2, num_heads * group_size, num_tiles, dtype=torch.float32).unbind()
     _sketch_products_kernel[(num_heads, num_tiles)](
-        query, rows.contiguous(), count, codes, step, means, offsets, num_units, due, products, tops, sums,
-        float(sm_scale),
+        query, rows.contiguous(), count, codes, step, _contiguous(channels), means, offsets, num_units, due, products,
+        tops, sums, float(sm_scale),
         query.stride(0), query.stride(1), *codes.stride()[:3], *step.stride()[:3], *mean_strides, offsets_head,
         capacity, num_tiles, num_kv_heads, max_units, max_units.bit_length(),
         GROUP_SIZE=group_size, HEADS=16, WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), BITS=bits, TILE=_TILE,
@@ -121,9 +128,13 @@ def sketch_scores_triton(
     return reduce_products(products, count, due, tops, sums, out, tile=_TILE, mean=True)
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_slots", "num_kv_heads", "first", "ring_size"])
 def _window_sketch_kernel(
-    codes, step, leaves, start, size, buffer,
+    codes, step, leaves, start, size, buffer, channels,
     codes_batch, codes_head, codes_row, step_batch, step_head, step_row, buffer_batch, buffer_head, buffer_slot,
     num_rows, num_slots, num_kv_heads, first, ring_size,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr,
@@ -157,12 +168,17 @@ def _window_sketch_kernel(
     BYTES: tl.constexpr = WIDTH_PAD // PER_BYTE
     MOST: tl.constexpr = 2**BITS - 1
     places = tl.arange(0, BYTES)
+    if channels is not None:
+        sizes = tl.load(channels + kv_head * WIDTH + columns, mask=columns < WIDTH, other=1.0).to(tl.float32)
+        sizes = sizes[None, :] + tl.zeros([ROWS, WIDTH_PAD], tl.float32)
     for begin in range(0, num_tokens, ROWS):
         tokens = begin + lanes
         numbers = _ring_rows(
             buffer, first_row, tokens, num_tokens, first, ring_size, num_slots, buffer_slot, columns, WIDTH
         )
         numbers = tl.where((columns < WIDTH)[None, :], numbers - centre[None, :], 0.0)
+        if channels is not None:
+            numbers = tl.div_rn(numbers, sizes)
         steps = (tl.max(tl.abs(numbers), 1) * (2 / MOST)).to(step.dtype.element_ty)
         rounded = steps.to(tl.float32)
         divisor = tl.where(rounded == 0.0, 1.0, rounded)[:, None] + tl.zeros([ROWS, WIDTH_PAD], tl.float32)
@@ -207,6 +223,7 @@ def window_sketch_triton(
     first: int,
     ring_size: int,
     centred: bool,
+    channels: Tensor | None,
 ) -> None:
     """Arguments as in `window_sketch_reference`; the last stride of codes and buffer is 1."""
     codes, step = sketch
@@ -215,7 +232,7 @@ def window_sketch_triton(
         return
     width = buffer.shape[-1]
     _window_sketch_kernel[(batch_size * num_kv_heads,)](
-        codes, step, leaves.contiguous(), start.contiguous(), size.contiguous(), buffer,
+        codes, step, leaves.contiguous(), start.contiguous(), size.contiguous(), buffer, _contiguous(channels),
         *codes.stride()[:3], *step.stride()[:3], *buffer.stride()[:3],
         num_rows, buffer.shape[2], num_kv_heads, first, ring_size,
         WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), BITS=bits, ROWS=_ROWS, CENTRED=centred,

@@ -26,7 +26,7 @@ DTYPES = [torch.float16, torch.float32] + ([] if is_interpreted() else [torch.bf
 
 def check_scores(
     device: torch.device, seed: int, dtype: torch.dtype, heads: tuple[int, int], group_size: int, num_candidates: int,
-    num_units: int, width: int, bits: int, centred: bool, skipped: bool,
+    num_units: int, width: int, bits: int, centred: bool, skipped: bool, channelled: bool,
 ) -> None:  # fmt: skip
     """The kernels' result is the reference's in float64; NaN in units, codes of rows and numbers that nobody may
     read."""
@@ -43,7 +43,9 @@ def check_scores(
     stop = offsets.gather(-1, counted[..., None].long()).long()  # of the rows of units that exist
     offsets[torch.arange(num_units + 2) > counted[..., None]] = 1
     num_rows = int(stop.max()) + 1
-    sketch = encode_sketch(randn(*heads, num_rows, width), bits)
+    # Powers of two: their products with queries are exact in every dtype.
+    channels = 2.0 ** torch.randint(-3, 4, (*heads, width), generator=generator) if channelled else None
+    sketch = encode_sketch(randn(*heads, num_rows, width), bits, channels=channels)
     means, query = randn(*heads, num_units, width), randn(heads[0], heads[1] * group_size, width)
     rows = torch.rand(*heads, num_rows, generator=generator).masked_fill(torch.arange(num_rows) < 3, 2)
     rows = rows.masked_fill(torch.arange(num_rows) >= stop, 2).argsort(-1)
@@ -54,7 +56,9 @@ def check_scores(
     due = torch.rand(heads, generator=generator) < 0.6 if skipped else None
     clean = Sketch(sketch.codes, sketch.step.double())
     centres = Centres(means.double(), offsets, counted) if centred else None
-    expected = sketch_scores_reference(query.double(), rows, count, clean, bits, 0.3, centres=centres, due=due)
+    expected = sketch_scores_reference(
+        query.double(), rows, count, clean, bits, 0.3, channels=channels, centres=centres, due=due
+    )
 
     means = means.masked_fill((torch.arange(num_units) >= counted[..., None])[..., None], math.nan)
     rows = rows.masked_fill(torch.arange(num_candidates) >= count[..., None], 1 << 40)
@@ -68,6 +72,7 @@ def check_scores(
             Sketch(*(guard.copy(part) for part in sketch)),
             bits,
             0.3,
+            channels=None if channels is None else guard.copy(channels),
             centres=Centres(buffer[:, :, 1:-1], guard.copy(offsets), guard.copy(counted)) if centred else None,
             due=None if due is None else guard.copy(due),
             backend="triton",
@@ -86,16 +91,16 @@ def check_scores(
     seed=st.integers(0, 2**16), dtype=st.sampled_from(DTYPES), heads=st.sampled_from([(1, 1), (2, 2)]),
     group_size=st.integers(1, 5), num_candidates=st.sampled_from([1, 3, 63, 65, 100]),
     num_units=st.sampled_from([1, 7, 33]), width=st.sampled_from([16, 48, 80]), bits=st.sampled_from([2, 4, 8]),
-    centred=st.booleans(), skipped=st.booleans(),
+    centred=st.booleans(), skipped=st.booleans(), channelled=st.booleans(),
 )  # fmt: skip
-@example(1, torch.float16, (1, 2), 19, 70, 20, 32, 4, True, False)
+@example(1, torch.float16, (1, 2), 19, 70, 20, 32, 4, True, False, True)
 def test_scores_equal_reference(
     device: torch.device, seed: int, dtype: torch.dtype, heads: tuple[int, int], group_size: int, num_candidates: int,
-    num_units: int, width: int, bits: int, centred: bool, skipped: bool,
+    num_units: int, width: int, bits: int, centred: bool, skipped: bool, channelled: bool,
 ) -> None:  # fmt: skip
     """At awkward sizes; buffers keep their surroundings."""
     check_scores(
-        device, seed, dtype, heads, group_size, num_candidates, num_units, width, bits, centred, skipped
+        device, seed, dtype, heads, group_size, num_candidates, num_units, width, bits, centred, skipped, channelled
     )  # fmt: skip
 
 
@@ -111,12 +116,12 @@ def test_scores_at_scale(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """At the sizes of real layers."""
-    check_scores(device, bits, dtype, *shape, bits, centred, skipped=True)
+    check_scores(device, bits, dtype, *shape, bits, centred, skipped=True, channelled=centred)
 
 
 def check_window(
     device: torch.device, seed: int, dtype: torch.dtype, heads: tuple[int, int], max_size: int, width: int, bits: int,
-    centred: bool,
+    centred: bool, channelled: bool,
 ) -> None:  # fmt: skip
     """Bit for bit: sums of these numbers are exact in any order, and everything else is rounded in one way."""
     generator = torch.Generator().manual_seed(seed)
@@ -126,9 +131,12 @@ def check_window(
     size = torch.randint(1, max_size + 1, heads, generator=generator)
     leaves = torch.rand(heads, generator=generator) < 0.7
     leaves[0, 0] = True
+    channels = torch.rand(*heads, width, generator=generator) + 0.1 if channelled else None
     before = encode_sketch(torch.randn(*heads, num_rows, width, generator=generator).to(dtype), bits)
     expected = Sketch(*(part.clone() for part in before))
-    window_sketch_reference(expected, bits, leaves, start, size, buffer, first, ring_size, centred=centred)
+    window_sketch_reference(
+        expected, bits, leaves, start, size, buffer, first, ring_size, centred=centred, channels=channels
+    )
 
     age = torch.arange(ring_size) - start[..., None]
     slots = torch.zeros(*heads, first + ring_size, dtype=torch.bool)
@@ -138,7 +146,7 @@ def check_window(
         sketch = Sketch(*(guard.copy(part) for part in before))
         window_sketch(
             sketch, bits, guard.copy(leaves), guard.copy(start), guard.copy(size), guard.copy(buffer), first, ring_size,
-            centred=centred, backend="triton",
+            centred=centred, channels=None if channels is None else guard.copy(channels), backend="triton",
         )  # fmt: skip
 
     assert torch.equal(sketch.step.cpu(), expected.step)
@@ -149,14 +157,14 @@ def check_window(
 @given(
     seed=st.integers(0, 2**16), dtype=st.sampled_from(DTYPES), heads=st.sampled_from([(1, 1), (2, 3)]),
     max_size=st.sampled_from([1, 5, 16, 21]), width=st.sampled_from([16, 80, 128]), bits=st.sampled_from([2, 4, 8]),
-    centred=st.booleans(),
+    centred=st.booleans(), channelled=st.booleans(),
 )  # fmt: skip
 def test_window_equals_reference(
     device: torch.device, seed: int, dtype: torch.dtype, heads: tuple[int, int], max_size: int, width: int, bits: int,
-    centred: bool,
+    centred: bool, channelled: bool,
 ) -> None:  # fmt: skip
     """At awkward sizes, round the end of the ring and of the rows; nothing else is touched or read."""
-    check_window(device, seed, dtype, heads, max_size, width, bits, centred)
+    check_window(device, seed, dtype, heads, max_size, width, bits, centred, channelled)
 
 
 @pytest.mark.skipif(is_interpreted(), reason="too large for the interpreter")
@@ -165,7 +173,7 @@ def test_window_equals_reference(
 def test_window_at_scale(device: torch.device, dtype: torch.dtype, bits: int) -> None:
     """At the sizes of real layers, and of a whole ring."""
     for seed, (max_size, width) in enumerate(((64, 128), (257, 256), (1000, 64))):
-        check_window(device, seed, dtype, (2, 8), max_size, width, bits, centred=True)
+        check_window(device, seed, dtype, (2, 8), max_size, width, bits, centred=True, channelled=True)
 
 
 def test_random_keys(device: torch.device) -> None:

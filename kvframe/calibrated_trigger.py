@@ -1,0 +1,211 @@
+"""Thresholds of a trigger whose other options fire as well: found by running it over recorded queries."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from kvframe.calibration import Calibration, Progress, threshold
+from kvframe.errors import ConfigError
+from kvframe.stages import Trigger
+from kvframe.types import LayerLayout, StepInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MOST_TRIALS = 10
+_CLOSE_ENOUGH = 0.02
+"""Of the wanted rate: closer than other text comes anyway."""
+_FAR_OFF = 0.1
+"""Of the wanted rate: what no threshold brings nearer than that is an error."""
+
+
+@frozen(kw_only=True, eq=False)
+class _Layer:
+    """What one layer's trigger sees of all texts."""
+
+    layout: LayerLayout
+    queries: list[Tensor]
+    """[n, Hq, T, D] each, n texts of one length."""
+    adjacent: Tensor
+    """[N], similarities of a query to the one before it: `tau` is a quantile of these."""
+    distant: Tensor
+    """[N], to one as far back as selections are apart at the wanted rate, before RoPE: so is `anchor` of these."""
+
+    def thresholds(self, share: float) -> dict[str, float]:
+        """Those below which this share of the similarities lies."""
+        found = {"tau": threshold(self.adjacent, share)}
+        return found if len(self.distant) == 0 else found | {"anchor": threshold(self.distant, share)}
+
+    def rate(self, trigger: Trigger) -> float:
+        """Share of steps and heads at which it fires, the first step of a text left out, which always does."""
+        fired = num_seen = 0
+        for queries in self.queries:
+            state = trigger.init(evolve(self.layout, batch_size=len(queries)))
+            trigger.begin(queries[:, :, 0], state)
+            for step in range(1, queries.shape[2]):
+                decision = trigger.step(StepInputs(query=queries[:, :, step], layout=self.layout), state)
+                fires = decision.due if decision.ahead is None else decision.due | decision.ahead
+                if step > 1:
+                    fired += int(fires.sum())
+                    num_seen += fires.numel()
+        return fired / max(1, num_seen)
+
+
+def calibrate_trigger(
+    model: "PreTrainedModel",
+    chunks: Sequence[Tensor],
+    trigger: Trigger,
+    retrieval_rate: float,
+    per: Literal["layer", "model"],
+    dense_layers: Collection[int],
+    progress: Progress | None,
+) -> Calibration:
+    """`kvframe.calibrate` for a trigger that is given.
+
+    What is searched for is one share p: `tau` is the similarity of neighbouring queries below which a share p of them
+    lies, and `anchor`, where the trigger has one, that of queries as far apart as selections shall be. So each alone
+    would fire about equally often, and together they fire at the wanted rate.
+
+    Raises ConfigError for a trigger without `tau`, and for a rate that no threshold gives it.
+    """
+    names = {field.name for field in attrs.fields(type(trigger))}  # type: ignore[arg-type]  # a stage is an attrs class
+    if "tau" not in names:
+        raise ConfigError(f"{trigger!r} has no tau to be calibrated; calibrate a trigger such as LouisKV's")
+    layers = _record(model, chunks, trigger, max(1, round(1 / retrieval_rate)), progress)
+    counted = {layer_idx: layer for layer_idx, layer in layers.items() if layer_idx not in dense_layers}
+    found: dict[int, tuple[dict[str, float], float]] = {}
+    if per == "model":
+        if not counted:
+            raise ConfigError(
+                f"dense_layers names every layer with a full KV cache ({', '.join(map(str, layers))}); leave out those "
+                "that the policy does not keep dense"
+            )
+        shared = _together(list(counted.values()))
+        thresholds = _search(trigger, counted, shared, retrieval_rate)
+        found = {
+            layer_idx: (thresholds, layer.rate(evolve(trigger, **thresholds)))  # type: ignore[misc]
+            for layer_idx, layer in layers.items()
+        }
+    else:
+        for layer_idx, layer in layers.items():
+            thresholds = _search(trigger, {layer_idx: layer}, layer, retrieval_rate)
+            found[layer_idx] = thresholds, layer.rate(evolve(trigger, **thresholds))  # type: ignore[misc]
+    first, _ = next(iter(found.values()))
+    num_layers = next(iter(layers.values())).layout.num_layers
+
+    def of(name: str) -> Any:
+        if per == "model":
+            return first[name]
+        return tuple(found[idx][0][name] if idx in found else -1.0 for idx in range(num_layers))
+
+    return Calibration(
+        tau=of("tau"),
+        anchor=of("anchor") if "anchor" in first else None,
+        rope=getattr(trigger, "rope", "after"),
+        retrieval_rate=retrieval_rate,
+        achieved=tuple(found[idx][1] if idx in found else None for idx in range(num_layers)),
+        num_samples=sum(chunk.shape[1] - 1 for chunk in chunks),
+    )
+
+
+def _search(trigger: Trigger, layers: Mapping[int, _Layer], shared: _Layer, wanted: float) -> dict[str, float]:
+    """Thresholds at which a trigger fires at a rate, the mean over layers."""
+
+    def rate(share: float) -> float:
+        set_to: Any = evolve(trigger, **shared.thresholds(share))  # type: ignore[misc]
+        return sum(layer.rate(set_to) for layer in layers.values()) / len(layers)
+
+    low, share, high = 0.0, wanted, None
+    best, nearest = share, float("inf")
+    for _ in range(_MOST_TRIALS):
+        found = rate(share)
+        if abs(found - wanted) < abs(nearest - wanted):
+            best, nearest = share, found
+        if abs(nearest - wanted) <= _CLOSE_ENOUGH * wanted:
+            break
+        low, high = (low, share) if found > wanted else (share, high)
+        # Upwards in small steps: with hysteresis a trigger fires less again where hardly any query comes to rest.
+        share = min(1.5 * share, (1 + share) / 2) if high is None else (low + high) / 2
+    if abs(nearest - wanted) > max(_FAR_OFF * wanted, 0.005):
+        where = f"layer {next(iter(layers))}" if len(layers) == 1 else f"{len(layers)} layers"
+        raise ConfigError(
+            f"no thresholds have {trigger!r} fire on {wanted:.1%} of the steps in {where}: it comes as near as "
+            f"{nearest:.1%}; want another rate, or change its other options"
+        )
+    return shared.thresholds(best)
+
+
+def _together(layers: Sequence[_Layer]) -> _Layer:
+    """For the quantiles of all of them."""
+    adjacent, distant = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("adjacent", "distant"))
+    return evolve(layers[0], adjacent=adjacent, distant=distant)
+
+
+def _record(
+    model: "PreTrainedModel", chunks: Sequence[Tensor], trigger: Trigger, distance: int, progress: Progress | None
+) -> dict[int, _Layer]:
+    """What the layers with a full KV cache see of all texts, by their number."""
+    from kvframe.hf.queries import observe_queries
+    from kvframe.hf.rope import relative_rotation
+    from kvframe.hf.shape import model_shape
+    from kvframe.hf.support import decoder_of
+
+    decoder = decoder_of(model)
+    shape = model_shape(model.config, model.dtype)
+    rotate = relative_rotation(decoder)
+    recorded: dict[int, dict[int, list[Tensor]]] = {layer_idx: {} for layer_idx in shape.retrieval_layers}
+    done, total = 0, len(recorded) * sum(chunk.shape[1] for chunk in chunks)
+
+    def take(layer_idx: int, query: Tensor) -> None:
+        nonlocal done
+        if layer_idx in recorded:
+            recorded[layer_idx].setdefault(query.shape[2], []).append(query)
+            done += query.shape[2]
+            if progress is not None:
+                progress(done, total)
+
+    with torch.no_grad(), observe_queries(model, take):
+        for chunk in chunks:
+            decoder(input_ids=chunk.to(model.device), use_cache=False)
+    found = {}
+    for layer_idx, by_length in recorded.items():
+        queries = [torch.cat(texts) for texts in by_length.values()]
+        layout = evolve(
+            shape.layout(1, layer_idx), num_qo_heads=queries[0].shape[1], device=queries[0].device, rotate=rotate
+        )
+        trigger.init(layout)  # what cannot be served is said before anything is compared
+        before = getattr(trigger, "rope", "after") == "before"
+        found[layer_idx] = _Layer(
+            layout=layout,
+            queries=queries,
+            adjacent=_similarities(queries, 1, trigger, layout, before=before),
+            distant=_similarities(queries, distance, trigger, layout, before=True)
+            if getattr(trigger, "anchor", None) is not None
+            else torch.empty(0),
+        )
+    return found
+
+
+def _similarities(
+    queries: Sequence[Tensor], distance: int, trigger: Trigger, layout: LayerLayout, *, before: bool
+) -> Tensor:
+    """[N] of queries to those `distance` steps before, of heads or of the whole layer as the trigger takes them."""
+    from kvframe_kernels.query_similarity import query_similarity
+
+    per_kv_head = getattr(trigger, "heads", "kv-head") == "kv-head"
+    num_kept = layout.num_kv_heads if per_kv_head else 1
+    found = [torch.empty(0)]
+    for texts in queries:
+        for text in texts:
+            steps = text.transpose(0, 1)  # tokens take the place of the batch
+            older = steps[:-distance]
+            if before and len(older):
+                assert layout.rotate is not None
+                older = layout.rotate(older, distance)
+            similar = query_similarity(steps[distance:], older, layout.num_kv_heads, per_kv_head)
+            found.append(similar[:, :num_kept].flatten().cpu())
+    return torch.cat(found)
