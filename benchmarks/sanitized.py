@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kvframe_kernels.append_token import NUM_COUNTS, Slots, append_token
 from kvframe_kernels.gather_kv import gather_kv, store_token
-from kvframe_kernels.select_units import exchange_resident, select_units
+from kvframe_kernels.key_sketch import Sketch, window_sketch
+from kvframe_kernels.rest_attention import unattended_tokens
+from kvframe_kernels.select_units import exchange_resident, select_runs, select_units
 from kvframe_kernels.select_units.reference import NUM_TALLIES
 from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
@@ -97,6 +99,39 @@ def select(num_units: int, num_selections: int) -> None:
             same(kernel, reference, "select_units and exchange_resident")
 
 
+def sketch(num_units: int, num_steps: int) -> None:
+    """Units that leave the window one after the other, and tokens ranked by what was entered of them."""
+    generator = torch.Generator().manual_seed(3)
+    num_rows, ring_size = MAX_SIZE * num_steps, WINDOW_SIZE + MAX_SIZE
+    codes = torch.zeros(*HEADS, num_rows, WIDTH // 2, dtype=torch.uint8)
+    step = torch.zeros(*HEADS, num_rows, 1, dtype=torch.float16)
+    kernel, reference = Sketch(codes.cuda(), step.cuda()), Sketch(codes, step)
+    start = torch.zeros(HEADS, dtype=torch.int64)
+    for _ in range(num_steps):
+        # Sums of these numbers are exact in any order.
+        keys = torch.randint(-99, 100, (*HEADS, ring_size, WIDTH), generator=generator).half() / 8
+        leaves = torch.rand(HEADS, generator=generator) < 0.7
+        size = torch.randint(1, MAX_SIZE + 1, HEADS, generator=generator)
+        for entered in (kernel, reference):
+            given = [part.to(entered.codes.device) for part in (leaves, start, size, keys)]
+            window_sketch(entered, 4, *given, 0, ring_size, centred=True)
+        start = start + size
+    for name, one, other in zip(Sketch._fields, kernel, reference, strict=True):
+        same(one, other, f"window_sketch, {name}")
+
+    sizes = torch.randint(1, 7, (*HEADS, num_units), generator=generator)
+    offsets = torch.cat([sizes.new_zeros(*HEADS, 1), sizes.cumsum(-1)], -1).int()
+    units = torch.randint(0, num_units + 1, HEADS, generator=generator)
+    resident = torch.rand(*HEADS, int(offsets.max()), generator=generator).argsort(-1)[..., :CAPACITY].contiguous()
+    tables = (resident, offsets, units)
+    expected = unattended_tokens(*tables, num_units)
+    same(unattended_tokens(*(table.cuda() for table in tables), num_units), expected, "unattended_tokens")
+    scores = torch.randint(0, 40, resident.shape, generator=generator) / 64
+    ranked = (scores, resident.sort(-1).values, torch.randint(1, CAPACITY + 1, HEADS, generator=generator))
+    rows, _ = select_runs(*(part.cuda() for part in ranked), 3, 11)
+    same(rows.sort(-1).values, select_runs(*ranked, 3, 11)[0].sort(-1).values, "select_runs")
+
+
 def gather(num_rows: int) -> None:
     """Rows out of page-locked memory and into it, by both kernels."""
     pool = torch.randn(*HEADS, num_rows, WIDTH + VALUE).half().pin_memory()
@@ -137,10 +172,11 @@ def main() -> None:
     runs = {
         "append": lambda: append(120),
         "select": lambda: select(num_units=301, num_selections=6),
+        "sketch": lambda: sketch(num_units=1301, num_steps=9),
         "gather": lambda: gather(num_rows=1001),
         "attend": lambda: attend(num_slots=1003),
     }
-    for name in sys.argv[1:] or ("append", "select", "gather"):
+    for name in sys.argv[1:] or ("append", "select", "sketch", "gather"):
         runs[name]()
         torch.cuda.synchronize()
         print(f"{name}: equal to the references")

@@ -25,7 +25,7 @@ from kvframe.bench.model import (
 from kvframe.bench.timing import StepTimes, copy_bandwidth, time_steps
 from kvframe.report import Report
 
-DEFAULT_POLICIES = "louiskv,louiskv@0,louiskv@1,window,quest,dynamic-cache,offloaded-cache"
+DEFAULT_POLICIES = "louiskv,louiskv@0,louiskv@1,louiskv-plus,window,quest,dynamic-cache,offloaded-cache"
 
 Fill = Literal["prefill", "random"]
 Progress = Callable[[str], None]
@@ -243,6 +243,9 @@ def compare(rows: list[dict[str, Any]], floor_ms: float | None) -> dict[str, flo
         if not name.startswith("louiskv"):
             continue
         base, plus, suffix = name.partition("+")
+        faithful = name.replace("louiskv-plus", "louiskv", 1)
+        if faithful != name and faithful in means:
+            ratios[f"{name} / {faithful}"] = mean / means[faithful]
         for other in ("window", "quest"):
             if (peer := f"{other}{plus}{suffix}") in means:
                 ratios[f"{name} / {peer}"] = mean / means[peer]

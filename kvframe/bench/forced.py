@@ -4,18 +4,19 @@ A model with random weights fires and misses as it happens to. Here both are set
 share of a selection is not resident. Trigger, scorer and selector of the policy still do all their work.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from kvframe.bench.forced_reference import forced_scores_reference, scheduled_due_reference
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
-from kvframe.stages import Selector, Trigger
-from kvframe.types import Decision, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.stages import Selector, SketchRerank, Trigger
+from kvframe.types import Decision, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -96,9 +97,13 @@ class ScheduledTrigger(Trigger):
 class ForcedSelector(Selector):
     """Selects by scores of its own, so that on average a share `miss` of the selected tokens was not selected before.
 
-    Units lie in a fixed mixed order on a ring; a selection is a stretch of it, and the next one begins `miss` times the
-    budget further on. `inner` selects by these scores. Less is missed where all units together hold less than
-    1 + `miss` budgets, and where `miss` is close to 1: some stretches reach beyond the beginning of the next.
+    Units lie in a fixed mixed order on a ring; a selection is a stretch of it, and the next one begins `miss` times its
+    tokens further on. `inner` selects by these scores. Less is missed where all units together hold less than
+    1 + `miss` stretches, and where `miss` is close to 1: some stretches reach beyond the beginning of the next.
+
+    Where `inner` ranks the tokens of the best units by a sketch, the stretch is its candidates, and it ranks them by a
+    query that is always the same: a token's rank depends on nothing but its key, so that about the share of the
+    candidates that goes is that of the selected tokens. The rates that come out are in the result.
 
     One cache at a time: the places of the stretches belong to the stage, because a selector has no running state.
     """
@@ -117,10 +122,47 @@ class ForcedSelector(Selector):
     def capacity_in(self, layout: LayerLayout) -> int:
         return self.inner.capacity_in(layout)
 
+    @property
+    def estimates(self) -> bool:  # type: ignore[override]
+        return self.inner.estimates
+
+    @property
+    def needs_means(self) -> bool:
+        return self.inner.needs_means
+
+    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
+        return self.inner.row_index(keys, values, centres)
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
+        self.inner.extend(row_index, unit)
+
+    @property
+    def _reranking(self) -> SketchRerank | None:
+        """What ranks the tokens of the best units; None where units are taken as they are."""
+        return next((part for part in self.inner.with_parts() if isinstance(part, SketchRerank)), None)
+
+    @property
+    def _stretch(self) -> int:
+        """Tokens of the best units that `inner` looks at."""
+        return self.capacity if self._reranking is None else self._reranking.num_candidates
+
     @cached_property
     def _starts(self) -> dict[tuple[int, tuple[int, ...], torch.device], Tensor]:
         """int64 [B, H] for every layer: where on the ring its selections begin."""
         return {}
+
+    @cached_property
+    def _queries(self) -> dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor]:
+        """[B, Hq, D], what tokens are ranked by."""
+        return {}
+
+    def _query_like(self, query: Tensor) -> Tensor:
+        key = (tuple(query.shape), query.dtype, query.device)
+        if key not in self._queries:
+            # Made on the device: a copy from the host would make it wait.
+            numbers = torch.arange(query.numel(), dtype=torch.float32, device=query.device)
+            self._queries[key] = numbers.sin().view(query.shape).to(query.dtype)
+        return self._queries[key]
 
     def _start_of(self, layer_idx: int, due: Tensor) -> Tensor:
         key = (layer_idx, tuple(due.shape), due.device)
@@ -136,11 +178,13 @@ class ForcedSelector(Selector):
         if due is None:
             due = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
         starts = self._start_of(inputs.layout.layer_idx, due)
-        arguments = (starts, due, units.offsets, units.num_units, scores.shape[-1], round(self.miss * self.capacity))
+        arguments = (starts, due, units.offsets, units.num_units, scores.shape[-1], round(self.miss * self._stretch))
         if scores.device.type == "cpu":
             forced = forced_scores_reference(*arguments)
         else:
             from kvframe.bench.forced_kernel import forced_scores_triton
 
             forced = forced_scores_triton(*arguments)
+        if self._reranking is not None:
+            inputs = evolve(inputs, query=self._query_like(inputs.query))
         return self.inner.select(inputs, forced, units)

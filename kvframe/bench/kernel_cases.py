@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from attrs import frozen
 from torch import Tensor
 
+from kvframe.bench.case import REPEATS, Call, Case, KernelSizes, due_or_not, each, unit_offsets
+from kvframe.bench.estimate_cases import ESTIMATE_CASES
 from kvframe.bench.forced_reference import forced_scores_reference, scheduled_due_reference
 from kvframe.memory.pinned import pinned_empty
 from kvframe_kernels.append_token import NUM_COUNTS, Slots, append_token
@@ -19,83 +20,13 @@ from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 from kvframe_kernels.unit_index import unit_bounds, unit_mean, window_bounds, window_mean
 from kvframe_kernels.unit_scores import box_scores, unit_scores
 
-Call = Callable[[], object]
-Over = Literal["device", "link"]
-
-
-@frozen(kw_only=True)
-class KernelSizes:
-    """A layer of a model and its policy; the defaults are Llama-3.1-8B with LouisKV at 128K."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.bfloat16
-    num_qo_heads: int = 32
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    context: int = 131072
-    unit_size: int = 16
-    token_budget: int = 1024
-    sink_size: int = 64
-    window_size: int = 256
-    max_segment: int = 64
-    miss: float = 0.3
-    num_slots: int = 2048
-    """Of attention alone."""
-    attention_batches: tuple[int, ...] = (1, 8)
-    prompts: tuple[int, ...] = (8192, 32768, 131072)
-    """Of k-means."""
-    block_size: int = 8192
-    """Tokens clustered at once."""
-    num_iterations: int = 10
-    spread: int = 128 * 2**20
-    """Bytes of inputs that a case goes through in turn, so that they are not in the cache when they come again."""
-
-    @property
-    def num_units(self) -> int:
-        """Units of the context."""
-        return self.context // self.unit_size
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        """[B, H] of one sequence."""
-        return 1, self.num_kv_heads
-
-    def random(self, *shape: int) -> Tensor:
-        """Normal numbers in the dtype, on the device."""
-        return torch.randn(shape, device=self.device).to(self.dtype)
-
-    def flags(self, value: bool) -> Tensor:
-        """bool [B, H]."""
-        return torch.full(self.heads, value, dtype=torch.bool, device=self.device)
-
-    def copies(self, num_bytes: int) -> int:
-        """How many inputs of so many bytes a case needs."""
-        return max(2, min(32, math.ceil(self.spread / num_bytes)))
-
-
-@frozen(kw_only=True, eq=False)
-class Case:
-    """One operation in one state."""
-
-    op: str
-    state: str
-    """What is due, or how large it is."""
-    calls: list[Call]
-    """The operation on one input after the other."""
-    num_bytes: int = 0
-    """That it has to move; 0 where nothing has to be."""
-    over: Over = "device"
-    in_graph: bool = True
-    """Whether it is part of a decode step."""
-    settle: int = 2
-    """Replays until its state is that of a long run."""
-
 
 def make_cases(sizes: KernelSizes) -> Iterator[Callable[[], list[Case]]]:
     """What makes the cases of one operation after the other, so that the inputs of one can go before the next."""
     makers: list[Callable[[KernelSizes], list[Case]]] = [
         _query_turned, _append_token, _store_token, _window_mean, _window_bounds, _unit_scores, _box_scores,
-        _select_units, _exchange_resident, _gather_kv, _slot_attention, _unit_mean, _unit_bounds, _kmeans, _forced,
+        _select_units, _exchange_resident, _gather_kv, _slot_attention, *ESTIMATE_CASES, _unit_mean, _unit_bounds,
+        _kmeans, _forced,
     ]  # fmt: skip
     for maker in makers:
         yield lambda maker=maker: maker(sizes)  # type: ignore[misc]
@@ -109,7 +40,7 @@ def _query_turned(sizes: KernelSizes) -> list[Case]:
         return lambda: query_turned(query, previous, first, 0.7, num_kv_heads=sizes.num_kv_heads, per_kv_head=False)
 
     num_bytes = 3 * math.prod(shape) * sizes.dtype.itemsize
-    return [Case(op="query_turned", state="every step", calls=_each(call, 32), num_bytes=num_bytes)]
+    return [Case(op="query_turned", state="every step", calls=each(call, 32), num_bytes=num_bytes)]
 
 
 def _slots(sizes: KernelSizes, capacity: int, ring_size: int) -> Slots:
@@ -146,7 +77,7 @@ def _append_token(sizes: KernelSizes) -> list[Case]:
     segment = sizes.max_segment
     return [
         Case(
-            op="append_token", state=f"a unit of {size} leaves every {size} steps", calls=_each(make(size), copies),
+            op="append_token", state=f"a unit of {size} leaves every {size} steps", calls=each(make(size), copies),
             num_bytes=num_bytes, settle=settle,
         )
         for size in (segment, 1)
@@ -167,7 +98,7 @@ def _store_token(sizes: KernelSizes) -> list[Case]:
         return lambda: store_token(pool, rows, 0, keys, values)
 
     num_bytes = 2 * sizes.num_kv_heads * sizes.head_dim * sizes.dtype.itemsize
-    return [Case(op="store_token", state="every step", calls=_each(call, 32), num_bytes=num_bytes, over="link")]
+    return [Case(op="store_token", state="every step", calls=each(call, 32), num_bytes=num_bytes, over="link")]
 
 
 def _window_mean(sizes: KernelSizes) -> list[Case]:
@@ -185,7 +116,7 @@ def _window_mean(sizes: KernelSizes) -> list[Case]:
         return call
 
     num_bytes = sizes.num_kv_heads * (sizes.max_segment + 1) * sizes.head_dim * sizes.dtype.itemsize
-    return _due_or_not("window_mean", lambda due: _each(make(sizes.flags(due)), copies), num_bytes)
+    return due_or_not("window_mean", lambda due: each(make(sizes.flags(due)), copies), num_bytes)
 
 
 def _window_bounds(sizes: KernelSizes) -> list[Case]:
@@ -202,7 +133,7 @@ def _window_bounds(sizes: KernelSizes) -> list[Case]:
         return call
 
     num_bytes = sizes.num_kv_heads * (sizes.unit_size + 2) * sizes.head_dim * sizes.dtype.itemsize
-    return _due_or_not("window_bounds", lambda due: _each(make(sizes.flags(due)), copies), num_bytes)
+    return due_or_not("window_bounds", lambda due: each(make(sizes.flags(due)), copies), num_bytes)
 
 
 def _unit_scores(sizes: KernelSizes) -> list[Case]:
@@ -220,7 +151,7 @@ def _unit_scores(sizes: KernelSizes) -> list[Case]:
         ]
 
     num_bytes = centroid_bytes + 4 * sizes.num_kv_heads * sizes.num_units
-    return _due_or_not("unit_scores", calls, num_bytes)
+    return due_or_not("unit_scores", calls, num_bytes)
 
 
 def _box_scores(sizes: KernelSizes) -> list[Case]:
@@ -247,16 +178,8 @@ def _box_scores(sizes: KernelSizes) -> list[Case]:
     ]
 
 
-def _unit_offsets(sizes: KernelSizes) -> Tensor:
-    """Units of about the same size, int32 [B, H, U + 2]; together no more than the context."""
-    low, high = max(1, sizes.unit_size // 2), sizes.unit_size
-    drawn = torch.randint(low, high + 1, (*sizes.heads, sizes.num_units + 1), device=sizes.device)
-    drawn[..., -1] = 0
-    return torch.cat([drawn.new_zeros(*sizes.heads, 1), drawn.cumsum(-1)], -1).int()
-
-
 def _select_units(sizes: KernelSizes) -> list[Case]:
-    offsets = _unit_offsets(sizes)
+    offsets = unit_offsets(sizes)
     num_bytes = sizes.num_kv_heads * (8 * sizes.num_units + 8 * sizes.token_budget)
     scores = [
         torch.randn(*sizes.heads, sizes.num_units, device=sizes.device).softmax(-1)
@@ -270,7 +193,7 @@ def _select_units(sizes: KernelSizes) -> list[Case]:
             for one in scores
         ]
 
-    return _due_or_not("select_units", calls, num_bytes)
+    return due_or_not("select_units", calls, num_bytes)
 
 
 def _exchange_resident(sizes: KernelSizes) -> list[Case]:
@@ -295,7 +218,7 @@ def _exchange_resident(sizes: KernelSizes) -> list[Case]:
                 calls.append(_exchange(slots, counts, wanted, count, flags, tallies, marks, sizes.context))
         return first + second
 
-    return _due_or_not("exchange_resident", make, 4 * 8 * sizes.num_kv_heads * capacity)
+    return due_or_not("exchange_resident", make, 4 * 8 * sizes.num_kv_heads * capacity)
 
 
 def _exchange(slots: Slots, *arguments: Any) -> Call:
@@ -326,7 +249,7 @@ def _gather_kv(sizes: KernelSizes) -> list[Case]:
     return [
         Case(
             op="gather_kv", state=f"{num} of {num_units} units" if num else "nothing due",
-            calls=_each(call_for(num), 16), num_bytes=num * unit_bytes, over="link",
+            calls=each(call_for(num), 16), num_bytes=num * unit_bytes, over="link",
         )
         for num in (0, round(sizes.miss * num_units), num_units)
     ]  # fmt: skip
@@ -345,7 +268,7 @@ def _slot_attention(sizes: KernelSizes) -> list[Case]:
             arrivals = make_arrivals(shape[0], sizes.num_qo_heads, sizes.device)
             return lambda: slot_attention(query, keys, values, bias, sizes.head_dim**-0.5, arrivals=arrivals)
 
-        calls = _each(call, sizes.copies(num_bytes))
+        calls = each(call, sizes.copies(num_bytes))
         state = f"batch {batch_size}, {sizes.num_slots:,} slots"
         cases.append(Case(op="slot_attention", state=state, calls=calls, num_bytes=num_bytes))
     return cases
@@ -395,7 +318,7 @@ def _forced(sizes: KernelSizes) -> list[Case]:
     steps = torch.zeros(1, dtype=torch.int64, device=sizes.device)
     schedule = torch.zeros(512, 1, dtype=torch.bool, device=sizes.device)
     fired, starts = sizes.flags(False), torch.zeros(sizes.heads, dtype=torch.int64, device=sizes.device)
-    offsets = _unit_offsets(sizes)
+    offsets = unit_offsets(sizes)
     num_units = torch.full(sizes.heads, sizes.num_units, dtype=torch.int64, device=sizes.device)
     advance = round(sizes.miss * sizes.token_budget)
 
@@ -404,19 +327,4 @@ def _forced(sizes: KernelSizes) -> list[Case]:
         return [lambda: scores(starts, flags, offsets, num_units, sizes.num_units, advance)]
 
     always = Case(op="(bench) schedule", state="every step", calls=[lambda: scheduled(steps, schedule, fired)])
-    return [always, *_due_or_not("(bench) forced scores", calls, 4 * sizes.num_kv_heads * sizes.num_units)]
-
-
-# Calls of every input in one graph.
-REPEATS = 8
-
-
-def _each(call: Callable[[int], Call], copies: int) -> list[Call]:
-    return [call(number) for number in range(copies)]
-
-
-def _due_or_not(op: str, calls: Callable[[bool], list[Call]], num_bytes: int) -> list[Case]:
-    return [
-        Case(op=op, state="nothing due", calls=calls(False)),
-        Case(op=op, state="due", calls=calls(True), num_bytes=num_bytes),
-    ]
+    return [always, *due_or_not("(bench) forced scores", calls, 4 * sizes.num_kv_heads * sizes.num_units)]

@@ -9,8 +9,9 @@ import torch
 from attrs import evolve
 
 from kvframe.bench import Outcome
+from kvframe.bench.case import REPEATS, Case, KernelSizes
 from kvframe.bench.environment import describe
-from kvframe.bench.kernel_cases import REPEATS, Case, KernelSizes, make_cases
+from kvframe.bench.kernel_cases import make_cases
 from kvframe.bench.timing import copy_bandwidth, link_bandwidth, time_calls, time_in_graph
 from kvframe_kernels.dispatch import FallbackWarning
 
@@ -52,6 +53,8 @@ def run_kernels(
             "token_budget": sizes.token_budget,
             "window_size": sizes.window_size,
             "miss": sizes.miss,
+            "oversample": sizes.oversample,
+            "sketch_bits": sizes.sketch_bits,
             "copy_bytes_per_s": bandwidths["device"],
             "link_bytes_per_s": bandwidths["link"],
         },

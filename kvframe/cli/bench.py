@@ -34,7 +34,7 @@ DENSE_LAYERS = Annotated[str, typer.Option(help="Layers that every policy keeps 
 def decode(
     policies: Annotated[
         str, typer.Option(help="NAME, NAME@FIRE_RATE or NAME+compile, separated by commas.")
-    ] = "louiskv,louiskv@0,louiskv@1,window,quest,dynamic-cache,offloaded-cache",
+    ] = "louiskv,louiskv@0,louiskv@1,louiskv-plus,window,quest,dynamic-cache,offloaded-cache",
     model_shape: SHAPE = "llama-3.1-8b",
     context: Annotated[int, typer.Option(min=2, help="Prompt tokens of every sequence.")] = 131072,
     batch_size: BATCH_SIZE = 1,
@@ -185,7 +185,7 @@ def kernels(
     from kvframe.bench.environment import require_cuda
 
     where = require_cuda("kernels")
-    from kvframe.bench.kernel_cases import KernelSizes
+    from kvframe.bench.case import KernelSizes
     from kvframe.bench.kernels import quick as cut
     from kvframe.bench.kernels import run_kernels
 

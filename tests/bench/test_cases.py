@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kvframe.bench.case import Case, KernelSizes
 from kvframe.bench.gather import GatherBenchmark, check_gather, draw_rows, gather_once
-from kvframe.bench.kernel_cases import Case, KernelSizes, make_cases
+from kvframe.bench.kernel_cases import make_cases
 from kvframe.bench.model import config_of, make_model, weight_bytes
 from kvframe.errors import ConfigError
 from kvframe_kernels.dispatch import KernelError
@@ -31,7 +32,8 @@ def test_every_operation_is_called(cases: list[Case]) -> None:
 
     assert {case.op for case in cases} >= {
         "query_turned", "append_token", "store_token", "window_mean", "unit_scores", "select_units",
-        "exchange_resident", "gather_kv", "slot_attention", "unit_mean", "kmeans",
+        "exchange_resident", "gather_kv", "slot_attention", "unit_mean", "kmeans", "unattended_tokens",
+        "rest_attention", "sketch_scores", "select_runs", "window_sketch",
     }  # fmt: skip
 
 

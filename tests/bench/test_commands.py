@@ -49,7 +49,7 @@ def read(path: Path) -> Any:
 def test_decode(tmp_path: Path) -> None:
     """Forced rates come out as asked, window attends to as much as LouisKV, and ratios are those of the means."""
     path = tmp_path / "decode.json"
-    policies = "louiskv,louiskv@0,louiskv@1,window,quest,dynamic-cache,offloaded-cache"
+    policies = "louiskv,louiskv@0,louiskv@1,window,quest,louiskv-plus@1,dynamic-cache,offloaded-cache"
     shown = run(
         "decode", *CPU, *SMALL, "--policies", policies, "--context", 400, "--prefill-chunk", 256, "--steps", 25,
         "--warmup", 2, "--stock-steps", 3, "--fire-rate", 0.2, "--miss", 0.25, "--json", path,
@@ -58,14 +58,17 @@ def test_decode(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in found["figures"]}
 
     assert list(rows) == policies.split(",")
-    assert [rows[name]["retrieval_rate"] for name in policies.split(",")[:5]] == pytest.approx([0.2, 0, 1, 0, 1])
-    assert [rows[name]["miss_rate"] for name in ("louiskv@1", "quest")] == pytest.approx([0.25, 0.25], abs=0.06)
+    assert [rows[name]["retrieval_rate"] for name in policies.split(",")[:6]] == pytest.approx([0.2, 0, 1, 0, 1, 1])
+    missing = [rows[name]["miss_rate"] for name in ("louiskv@1", "quest", "louiskv-plus@1")]
+    assert missing == pytest.approx([0.25] * 3, abs=0.06)
     assert rows["window"]["attended_tokens"] == pytest.approx(rows["louiskv"]["attended_tokens"], abs=2)
     assert rows["louiskv"]["steps"] == 25 and rows["dynamic-cache"]["steps"] == 3
     assert all(row["mean_ms"] > 0 and row["device_kv_bytes"] > 0 for row in list(rows.values())[:-1])
     assert "needs a CUDA device" in rows["offloaded-cache"]["error"]
     assert found["ratios"]["louiskv / window"] == rows["louiskv"]["mean_ms"] / rows["window"]["mean_ms"]
     assert found["ratios"]["louiskv@1 / louiskv@0"] == rows["louiskv@1"]["mean_ms"] / rows["louiskv@0"]["mean_ms"]
+    plus, faithful = rows["louiskv-plus@1"]["mean_ms"], rows["louiskv@1"]["mean_ms"]
+    assert found["ratios"]["louiskv-plus@1 / louiskv@1"] == plus / faithful
     assert found["ratios"]["dynamic-cache / louiskv"] == rows["dynamic-cache"]["mean_ms"] / rows["louiskv"]["mean_ms"]
     assert re.search(r"^louiskv@1( +[\d.,]+){3} +25 ", shown.stdout, re.M) and "dynamic-cache over 3" in shown.stdout
 

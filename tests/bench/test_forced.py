@@ -1,5 +1,6 @@
 """The forced schedule keeps its promises: what fires, and what is missing, is what was asked for."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from attrs import evolve
 from torch import Tensor
 
 import kvframe
-from kvframe import Decision, LayerLayout, StepInputs, TopBudget, Trigger, UnitTable
+from kvframe import Decision, EstimateRest, LayerLayout, SketchRerank, StepInputs, TopBudget, Trigger, UnitTable
 from kvframe.bench.forced import ForcedSelector, ScheduledTrigger, force
 from kvframe.bench.forced_reference import PLACES, forced_scores_reference
 from kvframe.errors import ConfigError
@@ -108,6 +109,37 @@ def test_miss_is_what_was_asked(miss: float, tolerance: float) -> None:
 
     assert sum(missed) / len(missed) == pytest.approx(miss, abs=tolerance)
     assert now[0] != now[1]
+
+
+@pytest.mark.parametrize("miss, tolerance", [(0.0, 0.0), (0.3, 0.06)])
+def test_miss_of_what_is_ranked(miss: float, tolerance: float) -> None:
+    """Tokens of a sliding stretch of candidates, ranked by their keys alone, whatever the step's query: about as many
+    of them go as of the candidates, and they lie scattered."""
+    generator = torch.Generator().manual_seed(0)
+    layout = make_layout(batch_size=HEADS[0], num_kv_heads=HEADS[1])
+    selector = ForcedSelector(inner=EstimateRest(selector=SketchRerank(token_budget=128)), miss=miss)
+    units = table(torch.full((300,), 8), 300, first=0)
+    keys = torch.randn(math.prod(HEADS), 2400, layout.head_dim, generator=generator, dtype=layout.dtype)
+    kept = selector.row_index(keys, keys, torch.zeros_like(keys))
+    means = torch.zeros(*HEADS, 300, layout.head_dim, dtype=layout.dtype)
+    units = evolve(
+        units,
+        means=(means, means),
+        row_index={name: entry.view(*HEADS, *entry.shape[1:]) for name, entry in kept.items()},
+    )
+    missed, before = [], None
+    for step in range(12):
+        inputs = make_inputs(layout, torch.ones(HEADS, dtype=torch.bool))
+        inputs = evolve(inputs, query=inputs.query * (-1) ** step)
+        rows, _ = selector.select(inputs, torch.zeros(*HEADS, 300), units)
+        now = [set(head.tolist()) for head in rows.flatten(0, 1)]
+        if before is not None:
+            missed += [len(new - old) / 128 for new, old in zip(now, before, strict=True)]
+        before = now
+
+    assert selector.estimates and selector.needs_means
+    assert sum(missed) / len(missed) == pytest.approx(miss, abs=tolerance)
+    assert all(len({row // 8 for row in head}) > 32 for head in now)  # of units of 8, 16 would hold them
 
 
 def test_only_due_heads_move_on() -> None:

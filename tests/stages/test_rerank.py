@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvframe
-from kvframe import SketchRerank, StepInputs, UnitTable
+from kvframe import Selector, SketchRerank, StepInputs, UnitTable
 from kvframe.errors import ConfigError
 from kvframe.memory.index import channel_sizes
 from kvframe.testing.cases import make_layout
+from kvframe.types import LeavingUnits
 from kvframe_kernels.key_sketch import Sketch, decode_sketch
 
 LAYOUT = make_layout(batch_size=1, num_kv_heads=1, group_size=2, head_dim=5)
@@ -115,6 +116,40 @@ def test_large_channels(bits: int, outlier: float, place: int, seed: int):
     by_token, by_channel = (products_off(SketchRerank(bits=bits, scales=s), keys, query) for s in ("token", "channel"))
 
     assert by_channel < by_token / 2
+
+
+@given(
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3)), max_size=st.integers(1, 6), bits=st.sampled_from([2, 4, 8]),
+    scales=st.sampled_from(["token", "channel"]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_leaving_units(heads: tuple[int, int], max_size: int, bits: int, scales: str, seed: int):
+    """The rows of a unit that leaves are entered as any selector's would be, only in another way; the last row is
+    nobody's."""
+    generator = torch.Generator().manual_seed(seed)
+    selector, ring_size, width = SketchRerank(bits=bits, scales=scales), max_size + 2, 5
+    channels = torch.rand(*heads, width, generator=generator, dtype=torch.float64) + 0.1
+    channels = channels if selector.scales_channels else None
+    keys = torch.randn(*heads, ring_size + 1, width, generator=generator, dtype=torch.float64)
+    unit = LeavingUnits(
+        leaves=torch.rand(heads, generator=generator) < 0.7,
+        column=torch.zeros(heads, dtype=torch.int64),
+        start=torch.randint(0, 20, heads, generator=generator),
+        size=torch.randint(1, max_size + 1, heads, generator=generator),
+        max_size=max_size,
+        keys=keys,
+        values=keys,
+        ring_first=1,
+        ring_size=ring_size,
+    )
+    kept = selector.row_index(torch.ones(1, 30, width, dtype=torch.float64), keys, torch.zeros(1, 30, width))
+    own, plain = ({name: part[0].expand(*heads, -1, -1).clone() for name, part in kept.items()} for _ in range(2))
+    selector.extend(own, unit, channels)
+    Selector.extend(selector, plain, unit, channels)
+    restored, expected = (
+        decode_sketch(Sketch.of(entries), bits, width, channels)[..., :-1, :] for entries in (own, plain)
+    )
+
+    torch.testing.assert_close(restored, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_the_sketch_decides_within_a_unit():
