@@ -32,6 +32,9 @@ def ablate(
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the report goes; beside the study without.")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the figures there as well, as a page of Markdown.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells with predicted memory and time, and run none.")
     ] = False,
@@ -56,6 +59,8 @@ def ablate(
     report = report or study.with_suffix(".report")
     if not report.absolute().parent.is_dir():
         raise ConfigError(f"--report {report}: there is no directory {report.absolute().parent}; make it first")
+    if markdown is not None and not markdown.absolute().parent.is_dir():
+        raise ConfigError(f"--markdown {markdown}: there is no directory {markdown.absolute().parent}; make it first")
     # Workers inherit it, and read it when they first load torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -85,6 +90,8 @@ def ablate(
             errors.print(f"\nbroken off; what is done is in {results}, the same command goes on from there")
             raise typer.Exit(_BROKEN_OFF) from None
     page = write_report(found, report)
+    if markdown is not None:
+        _write_markdown(found, markdown)
     if json:
         print_json(_summary(found) | {"report": str(page), "results": str(results)})
     else:
@@ -92,6 +99,15 @@ def ablate(
         out().print(f"report: {page}", markup=False)
     if found.failed():
         raise typer.Exit(1)
+
+
+def _write_markdown(found: "Results", path: Path) -> None:
+    from kvframe.eval.report.markdown import markdown_page
+
+    try:
+        path.write_text(markdown_page(found), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
 
 
 def _summary(found: "Results") -> dict[str, Any]:

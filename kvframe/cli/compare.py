@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from kvframe.cli.console import check_choice, errors, out, print_json
+from kvframe.cli.evaluate_dataset import DATASET_SET, make_dataset
 from kvframe.cli.generate import DTYPE
 from kvframe.cli.listing import JSON
 from kvframe.cli.models import DEVICES, DTYPES
@@ -16,6 +17,7 @@ from kvframe.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvframe.eval.compare import Row
+    from kvframe.eval.tasks import Task
 
 EVAL_MODEL = Annotated[str, typer.Option(help="A directory with a model, its name on the hub, or smollm2.")]
 TEXT = Annotated[
@@ -50,7 +52,14 @@ def compare(
     ] = None,
     needles: Annotated[int, typer.Option(min=2, help="Needles in the prose, all of which are asked for.")] = 10,
     copy_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the passage that is copied.")] = 128,
-    tasks: Annotated[str, typer.Option(help="needles, copy, or both.")] = "needles,copy",
+    tasks: Annotated[
+        str, typer.Option(help="needles, copy, or both; with --dataset, none of them as well.")
+    ] = "needles,copy",
+    dataset: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A file of samples, --seed being the number of one; may be repeated."),
+    ] = None,
+    dataset_set: DATASET_SET = None,
     text: TEXT = None,
     seed: SEED = 0,
     output: Annotated[
@@ -83,7 +92,10 @@ def compare(
         calibration=None if calibration is None else Calibration.load(calibration),
     )
     known = {"needles": task("niah_multiquery", num_needles=needles), "copy": task("copy", copy_tokens=copy_tokens)}
-    wanted = [known[name] for name in choices("--tasks", tasks, tuple(known))]
+    wanted: list[Task] = [known[name] for name in choices("--tasks", tasks, tuple(known))]
+    wanted += [make_dataset(path, dataset_set or []) for path in dataset or []]
+    if not wanted and not figures:
+        raise ConfigError("nothing to compare on: --tasks names none, and there is no --dataset")
     names, missing = installed(POLICIES) if policies is None else ([name.strip() for name in policies.split(",")], [])
     stack = haystack(text)
     for path in (output, markdown):
@@ -103,6 +115,8 @@ def compare(
         "seed": seed, "haystack": stack.name, "needles": needles, "copy_tokens": copy_tokens,
         "sink_size": sinks, "window_size": window, "dense_layers": list(setting.dense_layers),
     }  # fmt: skip
+    if dataset:
+        conditions["dataset"] = ", ".join(path.name for path in dataset)
     coming = run_compare(
         loaded, tokenizer, tasks=wanted, policies=names, setting=setting, context=context, seed=seed, haystack=stack
     )

@@ -1,25 +1,39 @@
-"""`kvframe eval`: lm-eval's tasks under a policy."""
+"""`kvframe eval`: lm-eval's tasks, or a file of samples, under a policy."""
 
 import importlib.util
 import json as json_module
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from kvframe.cli.console import check_choice, out, print_json
+from kvframe.cli.evaluate_dataset import DATASET_SET, evaluate_dataset, make_dataset
 from kvframe.cli.generate import DTYPE, MODEL
 from kvframe.cli.listing import JSON
 from kvframe.cli.models import DTYPES
 from kvframe.cli.show import POLICY, SET
 from kvframe.errors import ConfigError
 
+if TYPE_CHECKING:
+    from kvframe.composition import Policy
+    from kvframe.eval.tasks.dataset import Dataset
+
 
 def evaluate(
     model: MODEL,
-    tasks: Annotated[str, typer.Option(help="Names of lm-eval's tasks, separated by commas.")],
+    tasks: Annotated[str | None, typer.Option(help="Names of lm-eval's tasks, separated by commas.")] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Samples of LongBench, RULER, InfiniteBench or your own, without lm-eval."),
+    ] = None,
+    dataset_set: DATASET_SET = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=3, help="With --dataset: tokens of a sample at most; the model's limit without."),
+    ] = None,
     policy: POLICY = "louiskv",
     set_: SET = None,
     include_path: Annotated[
@@ -34,12 +48,14 @@ def evaluate(
     dtype: DTYPE = "auto",
     json: JSON = False,
 ) -> None:
-    """Run tasks of lm-eval with a model that decodes under a policy."""
+    """Run tasks of lm-eval, or the samples of a file, with a model that decodes under a policy."""
     from kvframe.options import parse_options
     from kvframe.registry import default_registry
 
     check_choice("--dtype", dtype, DTYPES)
-    if importlib.util.find_spec("lm_eval") is None:
+    if (tasks is None) == (dataset is None):
+        raise ConfigError("expected one of --tasks, names of lm-eval's tasks, and --dataset, a file of samples")
+    if tasks is not None and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("`kvframe eval` needs lm-eval; pip install 'kvframe[lm-eval]'")
     record = default_registry().policy_spec(policy)
     made = record.make(**parse_options(record.config_cls, set_ or []))
@@ -47,6 +63,11 @@ def evaluate(
         raise ConfigError(f"--include-path must be a directory with task files; there is none at {include_path}")
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(f"--output {output}: there is no directory {output.absolute().parent}; make it first")
+
+    if dataset is not None:
+        _dataset(model, dtype, made, make_dataset(dataset, dataset_set or []), context, limit, output, json)
+        return
+    assert tasks is not None
 
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -83,6 +104,29 @@ def evaluate(
         _write(found, output)
     if json:
         print_json(json_module.loads(json_module.dumps(result, default=str)))
+    else:
+        _show(found["results"])
+
+
+def _dataset(
+    model: str,
+    dtype: str,
+    policy: "Policy",
+    dataset: "Dataset",
+    context: int | None,
+    limit: int | None,
+    output: Path | None,
+    json: bool,
+) -> None:
+    from kvframe.cli.models import load
+
+    loaded, tokenizer = load(model, dtype, quiet=json)
+    found = evaluate_dataset(loaded, tokenizer, policy, dataset, context=context, limit=limit, quiet=json)
+    found = {"model": model, "policy": policy.to_dict(), "dataset": dataset.to_dict()} | found
+    if output is not None:
+        _write(found, output)
+    if json:
+        print_json(found)
     else:
         _show(found["results"])
 

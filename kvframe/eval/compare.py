@@ -16,6 +16,7 @@ from kvframe.composition import Policy
 from kvframe.errors import ConfigError, KvframeError
 from kvframe.eval.fidelity import compare_logits, in_answers, passed
 from kvframe.eval.forced import check_length, full_logits, run_forced
+from kvframe.eval.running import task_titles
 from kvframe.eval.tasks import Sample, Task
 from kvframe.eval.text import Haystack
 from kvframe.options import option_names
@@ -168,23 +169,24 @@ def compare(
     check_length(model.config, context, "the context")
     for name in policies:
         (registry or default_registry()).policy_spec(_quantised(name)[0])
-    samples = [(task, task.make(tokenizer, context, seed, haystack)) for task in tasks]
+    made = [task.make(tokenizer, context, seed, haystack) for task in tasks]
+    samples = list(zip(task_titles(tasks), made, strict=True))
     return _rows(model, tokenizer, samples, policies, setting, registry)
 
 
 def _rows(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    samples: Sequence[tuple[Task, Sample]],
+    samples: Sequence[tuple[str, Sample]],
     policies: Sequence[str],
     setting: Setting,
     registry: Registry | None,
 ) -> Iterator[Row]:
-    for task, sample in samples:
+    for title, sample in samples:
         full = full_logits(model, sample)
         done: dict[Policy, Row] = {}
         for trigger, token_budget, name in product(setting.triggers, setting.budgets, policies):
-            place: dict[str, Any] = {"task": task.name, "trigger": trigger, "token_budget": token_budget}
+            place: dict[str, Any] = {"task": title, "trigger": trigger, "token_budget": token_budget}
             if trigger == "calibrated" and setting.calibration is not None:
                 place["wanted_rate"] = setting.calibration.retrieval_rate
             try:

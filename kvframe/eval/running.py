@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import attrs
 from attrs import field, frozen
 
 from kvframe.eval.engine import Engine, make_engine
 from kvframe.eval.outcome import Outcome
 from kvframe.eval.store import Store
-from kvframe.eval.study import Cell, Study
+from kvframe.eval.study import Cell, Study, task_to_dict
 
 
 class Observer(Protocol):
@@ -85,15 +84,12 @@ def run_study(
 
 def task_titles(tasks: Sequence[Any]) -> list[str]:
     """What to call each task: its name, and what differs where several have it."""
+    options = [task_to_dict(task) for task in tasks]
     titles = []
-    for task in tasks:
-        others = [other for other in tasks if other.name == task.name and other != task]
-        differing = [
-            attribute.name
-            for attribute in attrs.fields(type(task))
-            if any(getattr(other, attribute.name, None) != getattr(task, attribute.name) for other in others)
-        ]
-        titles.append(" ".join([task.name, *(f"{name}={getattr(task, name)}" for name in differing)]))
+    for own in options:
+        others = [other for other in options if other["task"] == own["task"] and other != own]
+        differing = [name for name in own if any(other.get(name) != own[name] for other in others)]
+        titles.append(" ".join([own["task"], *(f"{name}={own[name]}" for name in differing)]))
     return titles
 
 

@@ -12,6 +12,7 @@ from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.eval.budgets import token_budget, with_token_budget
 from kvframe.eval.identity import cell_key, code_version, file_digest, model_identity
+from kvframe.eval.tasks.base import Task
 from kvframe.stages import Stage
 from kvframe.suggest import hint
 from kvframe.validators import integer, one_of
@@ -302,8 +303,8 @@ class Study:
 
 
 def task_to_dict(task: Any) -> dict[str, Any]:
-    """A task as plain data."""
-    return {"task": task.name} | attrs.asdict(task)
+    """A task as plain data, of which no part says where a file lies."""
+    return task.to_dict() if isinstance(task, Task) else {"task": task.name} | attrs.asdict(task)
 
 
 def describe(choice: Any) -> str:

@@ -148,7 +148,8 @@ def test_dry_run(study: Path) -> None:
 def test_run_and_run_again(study: Path) -> None:
     """Runs every cell, writes the report, and has nothing to do the second time; figures are the same."""
     first = run("ablate", study, "--engine", "inline")
-    again = run("ablate", study, "--engine", "inline", "--json")
+    page = study.with_suffix(".md")
+    again = run("ablate", study, "--engine", "inline", "--json", "--markdown", page)
     found = json.loads(again.stdout)
 
     assert "[4/4]" in first.stderr and "[1/4] louiskv @16, copy, 320 tokens, seed 0:" in first.stderr
@@ -159,6 +160,8 @@ def test_run_and_run_again(study: Path) -> None:
     for label, own in figures.items():
         row = next(line for line in first.stdout.splitlines() if line.startswith(label))
         assert f"{own['score']:.1%}" in row and f"{own['kl']:.4f}" in row
+    assert f"{figures['louiskv']['kl']:.4f}" in page.read_text()
+    page.unlink()
     assert sorted(path.name for path in study.parent.iterdir()) == ["study.py", "study.report", "study.results.sqlite"]
     assert "3 of them" not in run("ablate", study, "--dry-run").stdout
 
@@ -182,6 +185,7 @@ def test_a_failed_cell_is_exit_code_1(study: Path) -> None:
         (("--haystack", "nowhere.txt"), "there is no file nowhere.txt"),
         (("--report", "nowhere/at/all"), "there is no directory"),
         (("--results", "nowhere/results.sqlite"), "there is no directory"),
+        (("--markdown", "nowhere/page.md"), "there is no directory"),
     ],
 )
 def test_refusals(options: tuple[str, ...], part: str, study: Path) -> None:

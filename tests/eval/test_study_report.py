@@ -22,6 +22,8 @@ from kvframe.eval.figures import figure
 from kvframe.eval.outcome import Outcome
 from kvframe.eval.report import check_report_packages, write_report
 from kvframe.eval.report.effects import changes
+from kvframe.eval.report.markdown import markdown_page
+from kvframe.eval.report.paired import paired
 from kvframe.eval.report.table import Row, summarise
 from kvframe.eval.running import Results, run_study
 
@@ -147,6 +149,72 @@ def test_what_each_change_does() -> None:
         ("+20.0 points", "good"), ("× 2.00", "bad"), ("× 1.00", ""), ("× 0.50", ""), ("20.0% → 100.0%", "")
     ]  # fmt: skip
     assert [(cell.text, cell.kind) for cell in whole.cells[:3]] == [("+0.0 points", ""), ("× 0.00", "good"), ("–", "")]
+
+
+# ---- as Markdown ----------------------------------------------------------------------------------------------------
+
+
+def cells_of(page: str, title: str) -> dict[str, dict[str, str]]:
+    """The table under a heading: a dict of columns for every variant and budget."""
+    body = page.partition(f"{title}\n\n")[2].partition("\n\n")[0]
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()]
+    return {" ".join(line[:2]): dict(zip(heads, line, strict=True)) for line in lines}
+
+
+def test_markdown_has_the_figures(results: Results) -> None:
+    """Means with their intervals; what has failed and what was not run."""
+    first = results.cells[0]
+    page = markdown_page(
+        attrs.evolve(results, outcomes={key: end for key, end in results.outcomes.items() if key != first.key})
+    )
+    rows = {f"{row.label} {row.budget or '-'}": row for row in summarise(results) if row.task == "copy copy_tokens=10"}
+    found = cells_of(page, "## copy copy_tokens=10")
+
+    assert list(found) == list(rows)
+    for place, row in rows.items():
+        kl = row.figures["kl"]
+        assert found[place]["KL"] == (f"{kl.mean:.4f}" if kl.reach is None else f"{kl.mean:.4f} ± {kl.reach:.4f}")
+        assert found[place]["seeds"] == str(row.num_seeds)
+    assert "ValueError: a <b>bad</b> thing" in page.partition("## Failed")[2].partition("## Not run")[0]
+    assert first.title in page.partition("## Not run")[2].partition("## Policies")[0]
+    assert str(Path(results.study.model).parent) not in page
+
+
+def test_differences_are_taken_seed_by_seed(results: Results) -> None:
+    """What is common to a sample drops out of the interval; a seed that one lacks does not count."""
+    kl = {"louiskv": {0: 1.0, 1: 5.0, 2: 9.0}, "trigger: every-step": {0: 0.5, 1: 4.0, 2: 8.5}, "full": {0: 0.0}}
+    study = attrs.evolve(results.study, seeds=(0, 1, 2), token_budget=(16,), watch=0, tasks=results.study.tasks[:1])
+    outcomes = {
+        cell.key: Outcome(key=cell.key, figures={"kl": kl[cell.label][cell.seed]}, seconds=0.0)
+        for cell in study.cells()
+        if cell.seed in kl[cell.label]
+    }
+    made = Results(study=study, cells=study.cells(), outcomes=outcomes)
+    every, full = paired(made, "kl")
+
+    assert (every.label, every.budget, full.label, full.budget) == ("trigger: every-step", 16, "full", None)
+    mean, reach = -2 / 3, 4.302653 * (0.25 / 3) ** 0.5 / 3**0.5  # t of 2 degrees, variance 0.25 / 3
+    assert (every.difference.mean, every.difference.reach) == (pytest.approx(mean), pytest.approx(reach, rel=1e-6))
+    assert (full.difference.mean, full.difference.reach) == (-1, None)
+    found = cells_of(markdown_page(made), "### copy: less the base, seed by seed")
+    assert found["trigger: every-step 16"]["KL"] == f"{mean:.4f} ± {reach:.4f}" and found["full -"]["KL"] == "-1.0000"
+
+
+def test_kl_along_the_text(results: Results) -> None:
+    """Eight parts of equal length, each a mean over its tokens and then over the seeds."""
+    study = attrs.evolve(
+        results.study, token_budget=(16,), watch=0, tasks=results.study.tasks[:1], vary={}, policies=()
+    )
+    outcomes = {
+        cell.key: Outcome(
+            key=cell.key, figures={"kl": 0.0, "kl_by_token": [cell.seed + 1.0] * 8 + [2.0] * 8}, seconds=0.0
+        )
+        for cell in study.cells()
+    }
+    page = markdown_page(Results(study=study, cells=study.cells(), outcomes=outcomes))
+    found = cells_of(page, "### copy: KL along the generated text")["louiskv 16"]
+
+    assert [found[f"{part}/8"].partition(" ")[0] for part in (1, 4, 5, 8)] == ["1.5000", "1.5000", "2.0000", "2.0000"]
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------

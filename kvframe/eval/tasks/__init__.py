@@ -1,4 +1,4 @@
-"""Tasks that are always there: made from a seed, and from a haystack where they need one."""
+"""Tasks: those that are always there, made from a seed and a haystack, and one that reads a file of the user's."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from kvframe.errors import UnknownNameError
 from kvframe.eval.tasks.base import Sample, Task, Turn
 from kvframe.eval.tasks.copying import Copy
 from kvframe.eval.tasks.countdown import Countdown
+from kvframe.eval.tasks.dataset import Dataset
 from kvframe.eval.tasks.kv_retrieval import KvRetrieval
 from kvframe.eval.tasks.multi_turn import MultiTurn
 from kvframe.eval.tasks.niah import NiahMultikey, NiahMultiquery, NiahMultivalue, NiahSingle
@@ -38,6 +39,7 @@ TASKS: dict[str, type[Task]] = {
         Countdown,
         PathTraversal,
         Relisting,
+        Dataset,
     )
 }
 """Every task by its name."""
