@@ -206,6 +206,9 @@ class UnitTable:
     """U, what scores are padded to."""
     index: Mapping[str, Tensor] = field(factory=dict)
     """[B, H, U, ...] each: the scorer's summaries."""
+    means: tuple[Tensor, Tensor] | None = None
+    """Mean keys [B, H, U, D] and mean values [B, H, U, Dv] of the units, those of `index`; None where the scorer keeps
+    none."""
     row_index: Mapping[str, Tensor] = field(factory=dict)
     """[B, H, > R, ...] each: what the selector keeps of every row that left the window."""
     channels: Tensor | None = None

@@ -105,7 +105,6 @@ CORE = (
     "kvframe.registry",
     "kvframe.report",
     "kvframe.runtime",
-    "kvframe.sketch",
     "kvframe.stages",
     "kvframe.stats",
     "kvframe.suggest",
@@ -164,14 +163,12 @@ FLOORS = {
     "types": set(),
     "errors": set(),
     "quantization": set(),
-    "sketch": {"quantization"},
     "validators": {"errors"},
     # A transfer makes a store, and says how its rows come back.
     "stages": {
         "types",
         "errors",
         "validators",
-        "sketch",
         "memory.pool",
         "memory.codec",
         "memory.drop",

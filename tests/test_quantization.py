@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from kvframe.quantization import pack, packed_size, restore, round_groups, unpack
-from kvframe.sketch import decode_sketch, encode_sketch
+from kvframe.quantization import restore, round_groups
+from kvframe_kernels.packing import pack, packed_size, unpack
 
 BITS = st.sampled_from([2, 4, 8])
 
@@ -94,31 +94,3 @@ def test_restoring_broadcasts():
     step, least = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0, -1.0]])
 
     assert restore(codes, step, least).tolist() == [[1.0, 1.0], [2.5, 3.0]]
-
-
-@given(seed=st.integers(0, 2**16), bits=BITS, width=st.integers(1, 9))
-def test_sketch(seed: int, bits: int, width: int):
-    """A number becomes the nearest of 2^bits levels that lie evenly about 0, the outermost at the key's largest."""
-    keys = numbers(seed, (2, 4, width))
-    sketch = encode_sketch(keys, bits)
-    restored = decode_sketch(sketch["codes"], sketch["step"], bits, width)
-
-    assert {name: tuple(part.shape) for name, part in sketch.items()} == {
-        "codes": (2, 4, packed_size(width, bits)),
-        "step": (2, 4, 1),
-    }
-    for key, came in zip(keys.view(8, -1).tolist(), restored.view(8, -1).tolist()):
-        largest = max(abs(number) for number in key)
-        levels = [largest * (2 * level / (2**bits - 1) - 1) for level in range(2**bits)]
-        for number, back in zip(key, came):
-            nearest = min(abs(number - level) for level in levels)
-            assert abs(number - back) == pytest.approx(nearest, abs=1e-12 * largest)
-
-
-def test_sketch_of_nothing():
-    """A key that is its unit's mean has a difference of zero, and is zero again."""
-    sketch = encode_sketch(torch.zeros(1, 3, 5, dtype=torch.bfloat16), 4)
-
-    assert sketch["step"].dtype == torch.bfloat16
-    restored = decode_sketch(sketch["codes"], sketch["step"], 4, 5)
-    assert restored.dtype == torch.float32 and not restored.any()

@@ -1,5 +1,6 @@
 """A layer under a policy that is fed from a trace."""
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -12,6 +13,8 @@ from kvframe.memory.dense import DenseMemory, ShadowMemory
 from kvframe.memory.positions import RowPositions
 from kvframe.memory.token_ids import TokenIds
 from kvframe.runtime import RetrievalLayer
+from kvframe.runtime.prompts import PromptReader
+from kvframe.runtime.states import StageStates
 from kvframe.stages import UnitBuilder
 from kvframe.types import BlockInputs, Board, LayerLayout, Units
 from kvframe_kernels.slot_attention import slot_attention
@@ -80,12 +83,28 @@ class ReplayMemory(ShadowMemory):
         return slot_attention(query, keys, values, bias, self._layout.sm_scale, extra=extra)[0]
 
 
-class ReplayLayer(RetrievalLayer):
-    """`shadow` execution without the model.
+class ReplayReader(PromptReader):
+    """A prompt's attention gives nothing that a trace does not hold, so it is left out; stages that read prompts see
+    its queries and keys all the same."""
 
-    A prompt's attention gives nothing that a trace does not hold, so it is left out; the scorer sees its queries and
-    keys all the same. What `decode` returns is what the policy's attention would have given.
-    """
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_real: list[int],
+        num_tail: int,
+        states: StageStates,
+        ahead: Callable[[], None] | None,
+    ) -> Tensor:
+        if self._policy.trigger.reads_prompt or self._policy.scorer.reads_prompt:
+            past = self._memory.read(0, self._ledger.lengths[0])[..., : keys.shape[-1]]
+            self._observe(0, query[0], torch.cat([past, keys[0]], 1), num_tail, states)
+        return query.new_zeros(*query.shape[:3], values.shape[-1])
+
+
+class ReplayLayer(RetrievalLayer):
+    """`shadow` execution without the model. What `decode` returns is what the policy's attention would have given."""
 
     memory: ReplayMemory
 
@@ -110,19 +129,15 @@ class ReplayLayer(RetrievalLayer):
         memory.positions = self.positions
         memory.oracle_mass = torch.zeros_like(memory.captured_mass)
         self.memory = memory
+        self._reader = ReplayReader(
+            layout, shared, self.ledger, memory, self.positions,
+            notes=self.catalog.notes, survivors=None, board=board,
+        )  # fmt: skip
 
     def read_prompt(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Prompt tokens [1, ..., T, ...], all of them real."""
         num_tokens = keys.shape[2]
         self.prompt(query, keys, values, [num_tokens], num_tokens)
-
-    def _attend_in_full(
-        self, query: Tensor, keys: Tensor, values: Tensor, num_real: list[int], num_tail: int, ahead: Any
-    ) -> Tensor:
-        if self.policy.scorer.reads_prompt:
-            past = self.memory.read(0, self.ledger.lengths[0])[..., : keys.shape[-1]]
-            self._observe_prompt(0, query[0], torch.cat([past, keys[0]], 1), num_tail)
-        return query.new_zeros(*query.shape[:3], values.shape[-1])
 
 
 def share_units(units: UnitBuilder, built: Built) -> UnitBuilder:

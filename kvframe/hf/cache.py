@@ -18,8 +18,6 @@ from kvframe.dense_layer import DenseLayer
 from kvframe.errors import (
     CacheMismatchError,
     ConfigError,
-    DeviceMemoryError,
-    HostMemoryError,
     KvframeError,
     NotAttachedError,
     PaddingError,
@@ -27,6 +25,7 @@ from kvframe.errors import (
     UnsupportedModelError,
 )
 from kvframe.hf.cache_layer import KEYS_CHANGED, RetrievalCacheLayer, outside_inference_mode
+from kvframe.hf.memory_needs import MemoryNeeds
 from kvframe.hf.padding import num_padding
 from kvframe.hf.rope import relative_rotation
 from kvframe.hf.support import (
@@ -39,15 +38,11 @@ from kvframe.hf.support import (
     stock_layers,
 )
 from kvframe.layer import LayerRuntime
-from kvframe.memory.available import available_device_memory, available_host_memory
 from kvframe.memory.link import link_of
-from kvframe.memory.pinned import pinned_memory
 from kvframe.memory.token_ids import TokenIds
-from kvframe.planner.memory import plan_memory
-from kvframe.planner.shape import ModelShape
 from kvframe.registry import Registry, default_registry
 from kvframe.report import Report, Timeline, make_report
-from kvframe.runtime import RetrievalLayer, host_bytes_needed
+from kvframe.runtime import RetrievalLayer
 from kvframe.stages import SLOTS
 from kvframe.types import Board, Execution, LayerLayout, ModelLayout
 
@@ -125,6 +120,12 @@ class RetrievalCache(Cache):
                 self._managed.append(RetrievalCacheLayer(self, layer_idx, place=len(self._managed)))
                 layers[layer_idx] = self._managed[-1]
         super().__init__(layers=layers)
+        self._memory = MemoryNeeds(
+            policy=policy,
+            execution=execution,
+            num_layers=len(layers),
+            managed=tuple(layer.layer_idx for layer in self._managed),
+        )
         self._num_passes = 0
         self.epoch = 0
         self._is_recording = False
@@ -136,7 +137,7 @@ class RetrievalCache(Cache):
         self._expected = self._expected_layout(model)
         self._check_policy(model)
         if max_length is not None:
-            self._check_host_memory(self._expected, max_length)
+            self._memory.check_host(self._expected, max_length, [])
 
     def _expected_layout(self, model: PreTrainedModel) -> LayerLayout:
         """One sequence in one layer, as far as the config tells; keys and values will tell exactly."""
@@ -389,8 +390,8 @@ class RetrievalCache(Cache):
         )
         capacity = max(self.max_length or _UNPLANNED_ROWS, keys.shape[2])
         if layer.place == 0:
-            self._check_host_memory(layout, capacity)
-            self._pin(layout, capacity)
+            self._memory.check_host(layout, capacity, self._runtimes())
+            self._memory.pin(layout, capacity)
         scorer = self.policy.scorer
         if self.policy.is_dense(layer.layer_idx):
             publishes = layer.layer_idx in scorer.sources
@@ -414,14 +415,6 @@ class RetrievalCache(Cache):
         stops = [max(0, length + ids.shape[1] - num) for num in padding]
         self._token_ids.enter(ids, starts, [stop - start for start, stop in zip(starts, stops, strict=True)])
 
-    def _pin(self, layout: LayerLayout, capacity: int) -> None:
-        """Lock the host memory of all layers at once: it is slow, and later runs use it again."""
-        if layout.device.type == "cuda" and self.execution == "offload":
-            num_bytes = self.policy.transfer.host_bytes(layout, capacity)
-            num_layers = sum(not self.policy.is_dense(layer.layer_idx) for layer in self._managed)
-            if num_bytes and num_layers:
-                pinned_memory().reserve(num_bytes, num_layers)
-
     def _plan(self, max_length: int | None, batch_size: int) -> None:
         """Make room for sequences of `max_length` tokens."""
         if self.get_seq_length() == 0 and self.batch_size not in (-1, batch_size):
@@ -430,70 +423,13 @@ class RetrievalCache(Cache):
             return
         runtimes = self._runtimes()
         layout = runtimes[0].layout if runtimes else evolve(self._expected, batch_size=batch_size)
-        self._check_host_memory(layout, max_length)
-        self._check_device_memory(layout, max_length)
+        self._memory.check_host(layout, max_length, runtimes)
+        self._memory.check_device(layout, max_length, runtimes)
         self.max_length = max(self.max_length or 0, max_length)
         self.epoch += 1
         with outside_inference_mode():
             for runtime in runtimes:
                 runtime.reserve(max_length)
-
-    def _check_host_memory(self, layout: LayerLayout, capacity: int) -> None:
-        """Raise HostMemoryError if the host cannot hold `capacity` tokens a sequence in layers of this layout."""
-        available = available_host_memory()
-        if available is None:
-            return
-        if layout.device.type == "cuda":
-            available += pinned_memory().free_bytes
-        needed = sum(self._host_bytes(layer, layout, capacity) for layer in self._managed)
-        held = sum(
-            runtime.host_bytes() + (runtime.device_bytes() if layout.device.type == "cpu" else 0)
-            for runtime in self._runtimes()
-        )
-        if needed > held + available:
-            raise HostMemoryError(
-                f"the KV of {capacity} tokens x {layout.batch_size} sequences in {len(self._managed)} layers takes "
-                f"{needed / 2**30:.2f} GiB of host memory, {available / 2**30:.2f} GiB are available; use a shorter "
-                "context (max_new_tokens counts), a smaller batch, or more dense layers on a GPU"
-            )
-
-    def _check_device_memory(self, layout: LayerLayout, capacity: int) -> None:
-        """Raise DeviceMemoryError if a CUDA device cannot hold what the policy keeps there for `capacity` tokens a
-        sequence. What a prompt takes on its way is not counted: it depends on how the prompt is cut."""
-        if layout.device.type != "cuda" or self.execution != "offload":
-            return
-        shape = ModelShape(
-            num_layers=len(self.layers),
-            retrieval_layers=tuple(layer.layer_idx for layer in self._managed),
-            hidden_size=layout.num_qo_heads * layout.head_dim,
-            num_qo_heads=layout.num_qo_heads,
-            num_kv_heads=layout.num_kv_heads,
-            head_dim=layout.head_dim,
-            value_dim=layout.value_dim,
-            vocab_size=1,
-            dtype=layout.dtype,
-            num_parameters=1,
-        )
-        plan = plan_memory(
-            shape, self.policy, context=capacity, max_new_tokens=0, batch_size=layout.batch_size, chunk=capacity
-        )
-        needed = plan.dense_kv + plan.slots + plan.index + plan.pool_on_gpu
-        held = sum(runtime.device_bytes() + runtime.index_bytes() for runtime in self._runtimes())
-        available = available_device_memory(layout.device)
-        if needed > held + available:
-            raise DeviceMemoryError(
-                f"the policy keeps {needed / 2**30:.2f} GiB on the device for {capacity} tokens x {layout.batch_size} "
-                f"sequences ({plan.dense_kv / 2**30:.2f} GiB of it in dense layers), {available / 2**30:.2f} GiB are "
-                "available; use fewer dense layers, a smaller batch or budget, or a shorter context; `kvframe plan` "
-                "says what fits"
-            )
-
-    def _host_bytes(self, layer: RetrievalCacheLayer, layout: LayerLayout, capacity: int) -> int:
-        if self.execution == "offload" and not self.policy.is_dense(layer.layer_idx):
-            return host_bytes_needed(layout, self.policy, capacity)
-        if layout.device.type != "cpu":
-            return 0
-        return layout.batch_size * layout.num_kv_heads * capacity * layout.row_bytes
 
     def _runtimes(self) -> list[LayerRuntime]:
         return [layer.runtime for layer in self._managed if layer.runtime is not None]
@@ -559,7 +495,7 @@ class RetrievalCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RetrievalCache":
         # Model, policy and plugins are not part of what is remembered.
-        for shared in (self.config, self.policy, self._registry):
+        for shared in (self.config, self.policy, self._registry, self._memory):
             memo[id(shared)] = shared
         twin: RetrievalCache = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin

@@ -116,7 +116,7 @@ class LayerMemory(ABC):
 
     @abstractmethod
     def unattended(self, units: UnitTable) -> Tensor:
-        """int64 [B, H, U]: tokens of each unit that attention does not see; 0 where there is no unit."""
+        """Whole numbers [B, H, U]: tokens of each unit that attention does not see; 0 where there is no unit."""
 
     def step_is_over(self) -> None:  # noqa: B027, most have nothing to do
         """A decode step has attended; what it did not keep may be let go where the store drops."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvframe.memory.columns import Columns
 from kvframe.stages.scorer import Scorer
 from kvframe.stages.selector import Selector
 from kvframe.types import LayerLayout, LeavingUnits
@@ -13,34 +14,28 @@ class UnitIndex:
     """Named tensors [B, H, max_units + 1, ...]; the scorer says which, and there may be none."""
 
     def __init__(self, layout: LayerLayout, scorer: Scorer) -> None:
-        self._heads = (layout.batch_size, layout.num_kv_heads)
         no_keys = torch.zeros(1, 1, layout.head_dim, dtype=layout.dtype, device=layout.device)
         no_values = torch.zeros(1, 1, layout.value_dim, dtype=layout.dtype, device=layout.device)
         sample = scorer.index(no_keys, no_values, torch.zeros(1, 1, dtype=torch.int64, device=layout.device), 1)
-        self.tensors = {
-            name: torch.zeros(*self._heads, 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
-            for name, entry in sample.items()
-        }
+        self._columns = Columns((layout.batch_size, layout.num_kv_heads), sample, 0)
         self._head_ids = torch.arange(layout.num_kv_heads, device=layout.device)
         self.max_units = 0
         """Units there is room for; counted, because a scorer may go by its notes alone and keep no tensors."""
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return self._columns.tensors
+
     def reserve(self, max_units: int) -> None:
         """Make room for at least this many units a head."""
         self.max_units = max(self.max_units, max_units)
-        for name, tensor in self.tensors.items():
-            missing = max_units + 1 - tensor.shape[2]
-            if missing > 0:
-                more = tensor.new_zeros(*self._heads, missing, *tensor.shape[3:])
-                self.tensors[name] = torch.cat([tensor, more], 2)
+        self._columns.reserve(max_units)
 
     def fit(self, max_units: int) -> None:
         """Have room for just this many units a head."""
         self.max_units = max_units
-        for name, tensor in self.tensors.items():
-            if tensor.shape[2] > max_units + 1:
-                self.tensors[name] = tensor[:, :, : max_units + 1].clone()
-        self.reserve(max_units)
+        self._columns.fit(max_units)
 
     def write(self, batch: int, columns: Tensor, entries: dict[str, Tensor]) -> None:
         """Entries [H, U, ...] of one sequence into columns [H, U]."""
@@ -69,7 +64,7 @@ class UnitIndex:
 
     def nbytes(self) -> int:
         """Device memory held."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return self._columns.nbytes()
 
 
 def _spread(places: Tensor, states: Tensor) -> Tensor:
@@ -91,20 +86,18 @@ class RowIndex:
             dtype = torch.promote_types(layout.dtype, torch.float32)
             self.channels = torch.ones(*heads, layout.head_dim, dtype=dtype, device=layout.device)
         sample = selector.row_index(keys, values, keys, None if self.channels is None else self.channels[0, :1])
-        self.tensors = {
-            name: torch.zeros(*heads, num_rows + 1, *entry.shape[2:], dtype=entry.dtype, device=entry.device)
-            for name, entry in sample.items()
-        }
+        self._columns = Columns(heads, sample, num_rows)
         self._selector = selector
         self._has_rows = [False] * layout.batch_size
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return self._columns.tensors
+
     def reserve(self, num_rows: int) -> None:
         """Make room for at least this many tokens a sequence."""
-        for name, tensor in self.tensors.items():
-            missing = num_rows + 1 - tensor.shape[2]
-            if missing > 0:
-                more = tensor.new_zeros(*tensor.shape[:2], missing, *tensor.shape[3:])
-                self.tensors[name] = torch.cat([tensor, more], 2)
+        self._columns.reserve(num_rows)
 
     def write(self, batch: int, start: int, keys: Tensor, values: Tensor, unit_ids: Tensor, num_units: int) -> None:
         """A prompt block in unit order; keys [H, n, D], values [H, n, Dv], and for each token its unit, int64
@@ -134,21 +127,8 @@ class RowIndex:
 
     def extend(self, unit: LeavingUnits) -> None:
         """The unit of each head that leaves the window, where one does."""
-        if not self.tensors:
-            return
-        keys, values, unit_ids = unit.rows()
-        heads = unit.start.shape
-        rows = unit.start[..., None] + torch.arange(unit.max_size, device=unit.start.device)
-        inside = unit.leaves[..., None] & (unit_ids.view(*heads, -1) == 0)
-        centres = unit_mean(keys, unit_ids, 1).expand_as(keys)
-        channels = None if self.channels is None else self.channels.flatten(0, 1)
-        for name, entry in self._selector.row_index(keys, values, centres, channels).items():
-            tensor = self.tensors[name]
-            column = torch.where(inside, rows, tensor.shape[2] - 1)
-            column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))
-            tensor.scatter_(
-                2, column.expand(*column.shape[:3], *tensor.shape[3:]), entry.view(*heads, *entry.shape[1:])
-            )
+        if self.tensors:
+            self._selector.extend(self.tensors, unit, self.channels)
 
     def row_bytes(self) -> int:
         """Device memory of one row of every head."""
@@ -156,8 +136,7 @@ class RowIndex:
 
     def nbytes(self) -> int:
         """Device memory held."""
-        channels = 0 if self.channels is None else self.channels.nbytes
-        return channels + sum(tensor.nbytes for tensor in self.tensors.values())
+        return self._columns.nbytes() + (0 if self.channels is None else self.channels.nbytes)
 
 
 def channel_sizes(states: Tensor) -> Tensor:

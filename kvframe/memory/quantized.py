@@ -6,8 +6,9 @@ from torch import Tensor
 
 from kvframe.memory.codec import Codec
 from kvframe.memory.pool import RowPool, RowStore, Traffic
-from kvframe.quantization import Rounded, pack, packed_size, restore, round_groups, unpack
+from kvframe.quantization import Rounded, restore, round_groups
 from kvframe.types import LayerLayout
+from kvframe_kernels.packing import pack, packed_size, unpack
 
 # Kernels move vectors of 16 bytes, and heads whose width is a multiple of 16 numbers.
 _LANES = 16

@@ -41,4 +41,4 @@ class UnitCount:
         prompt = self.of_block(in_blocks) + num_blocks
         later = max_new_tokens + policy.window_size + policy.units.max_size
         output = later // min(policy.units.min_size, policy.units.max_size) + 1
-        return prompt + output + units_of_regrouping(policy, later)
+        return prompt + output + units_of_regrouping(policy.units, later)

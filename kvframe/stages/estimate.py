@@ -1,12 +1,13 @@
 """What is not retrieved is estimated instead of left out."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.selector import Selector
-from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.types import Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import part
 
 
@@ -41,6 +42,9 @@ class EstimateRest(Selector):
         self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
     ) -> dict[str, Tensor]:
         return self.selector.row_index(keys, values, centres, channels)
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
+        self.selector.extend(row_index, unit, channels)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         return self.selector.select(inputs, scores, units)

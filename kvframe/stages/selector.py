@@ -1,6 +1,7 @@
 """Slot four: which units, under which budget?"""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.types import Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -50,6 +51,30 @@ class Selector(Stage):
         Returns named tensors [M, T, ...]; names and trailing shapes are always the same.
         """
         return {}
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
+        """Enter the rows of the unit of each head that leaves the window, in place.
+
+        row_index: tensors [B, H, > R, ...], of which the last row takes what belongs nowhere; channels: [B, H, D], as
+        for `row_index`. As defined here,
+        `row_index` makes the entries of a unit of every head, and those of a unit that leaves are entered. A selector
+        may do the same faster.
+        """
+        from kvframe_kernels.unit_index import unit_mean
+
+        keys, values, unit_ids = unit.rows()
+        heads = unit.start.shape
+        rows = unit.start[..., None] + torch.arange(unit.max_size, device=unit.start.device)
+        inside = unit.leaves[..., None] & (unit_ids.view(*heads, -1) == 0)
+        centres = unit_mean(keys, unit_ids, 1).expand_as(keys)
+        sizes = None if channels is None else channels.flatten(0, 1)
+        for name, entry in self.row_index(keys, values, centres, sizes).items():
+            tensor = row_index[name]
+            column = torch.where(inside, rows, tensor.shape[2] - 1)
+            column = column.view(*column.shape, *(1,) * (tensor.dim() - 3))
+            tensor.scatter_(
+                2, column.expand(*column.shape[:3], *tensor.shape[3:]), entry.view(*heads, *entry.shape[1:])
+            )
 
     @abstractmethod
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:

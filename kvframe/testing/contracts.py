@@ -211,8 +211,11 @@ def _check_selector(selector: Selector, case: Case) -> None:
     keys, values = (_randn(case, num_heads, num_rows, width) for width in (layout.head_dim, layout.value_dim))
     rows_kept = selector.row_index(keys, values, keys * 0)
     kept = {name: rows.view(*heads, *rows.shape[1:]) for name, rows in rows_kept.items()}
-    index = {"mean_key": torch.zeros(*heads, max_units, layout.head_dim, dtype=layout.dtype)}
-    units = UnitTable(offsets=offsets, num_units=counts, max_units=max_units, index=index, row_index=kept)
+    means = (
+        torch.zeros(*heads, max_units, layout.head_dim, dtype=layout.dtype),
+        torch.zeros(*heads, max_units, layout.value_dim, dtype=layout.dtype),
+    )
+    units = UnitTable(offsets=offsets, num_units=counts, max_units=max_units, means=means, row_index=kept)
     selection = Selection.of(selector.select(_inputs(case, layout), scores, units))
     capacity = selector.capacity_in(layout)
     _require_tensor("select: rows", selection.rows, (*heads, capacity), (torch.int64,))

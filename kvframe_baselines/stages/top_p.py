@@ -1,16 +1,15 @@
 """As many tokens as the query needs: the fewest that hold a share of the attention."""
 
-import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from kvframe.sketch import decode_sketch, encode_sketch
 from kvframe.stages import Selector
 from kvframe.stages.selector import only_due
-from kvframe.types import Invariant, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.types import Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import one_of, part, share
 
 _OWN = "top-p "  # the other selector may keep something of the same name
@@ -58,32 +57,33 @@ class TopP(Selector):
     def row_index(
         self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        sketch = {_OWN + name: entry for name, entry in encode_sketch(keys, self.bits).items()}
-        return {**self.selector.row_index(keys, values, centres, channels), **sketch}
+        from kvframe_kernels.key_sketch import encode_sketch
+
+        own = encode_sketch(keys, self.bits).named(_OWN)
+        return {**self.selector.row_index(keys, values, centres, channels), **own}
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
+        from kvframe_kernels.key_sketch import Sketch, window_sketch
+
+        self.selector.extend(row_index, unit, channels)
+        window_sketch(
+            Sketch.of(row_index, _OWN), self.bits, unit.leaves, unit.start, unit.size, unit.keys,
+            unit.ring_first, unit.ring_size, centred=False,
+        )  # fmt: skip
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection:
+        from kvframe_kernels.key_sketch import Sketch, sketch_scores
+
         made = Selection.of(self.selector.select(inputs, scores, units))
         rows, count = only_due(made.rows, made.count, inputs.due)
         places = torch.arange(rows.shape[-1], device=rows.device)
-        weights = self._weights(inputs, rows, places < count[..., None], units)
+        sketch = Sketch.of(units.row_index, _OWN)
+        weights = sketch_scores(inputs.query, rows, count, sketch, self.bits, inputs.layout.sm_scale, due=inputs.due)
         # Equal weights go to the lower row, whatever the order in which candidates come.
         order = torch.where(rows < 0, torch.iinfo(torch.int64).max, rows).argsort(dim=-1, stable=True)
         order = order.gather(-1, weights.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-        ranked = weights.gather(-1, order)
+        ranked = weights.gather(-1, order).clamp(min=0)
         # A candidate is needed while those before it do not reach p.
         needed = ((ranked.cumsum(-1) - ranked < self.p) & (ranked > 0)).sum(-1)
         taken = torch.minimum(needed.clamp(min=1), count)
         return Selection(rows.gather(-1, order).masked_fill(places >= taken[..., None], -1), taken, made.estimated)
-
-    def _weights(self, inputs: StepInputs, rows: Tensor, exists: Tensor, units: UnitTable) -> Tensor:
-        """Share of each candidate in the attention to all of them, [B, H, C]; -1 for none."""
-        layout = inputs.layout
-        place = torch.where(exists, rows, 0)[..., None]
-        codes, step = (
-            kept.gather(2, place.expand(*rows.shape, kept.shape[-1]))
-            for kept in (units.row_index[_OWN + "codes"], units.row_index[_OWN + "step"])
-        )
-        keys = decode_sketch(codes, step, self.bits, layout.head_dim)
-        query = inputs.query.to(keys.dtype).view(*rows.shape[:2], -1, layout.head_dim) * layout.sm_scale
-        products = torch.matmul(query, keys.transpose(2, 3)).masked_fill(~exists[:, :, None], -math.inf)
-        return products.softmax(-1).mean(2).nan_to_num(0.0).masked_fill(~exists, -1.0)

@@ -55,7 +55,7 @@ def test_a_prompt_s_attention_counts_each_query_once():
     for call in CHUNKED.calls():
         if call.is_prompt:
             layer.prompt(*text.span(call.start, call.stop), CHUNKED.num_real(call), call.stop - call.start)
-    received = layer._notes.tensor[0].sum(-1)
+    received = layer.catalog.notes.tensor[0].sum(-1)
 
     for batch, padding in enumerate(CHUNKED.padding):
         assert received[batch].tolist() == pytest.approx([41 - padding] * 2, rel=1e-5)

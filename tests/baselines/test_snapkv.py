@@ -54,7 +54,7 @@ def test_scores_do_not_depend_on_how_a_prompt_is_stored():
         found = []
         for batch, length in enumerate(layer.lengths):
             place = layer.positions.of(batch, length).argsort(-1)
-            found.append(layer._notes.of(batch, 0, length)[0].gather(-1, place).tolist())
+            found.append(layer.catalog.notes.of(batch, 0, length)[0].gather(-1, place).tolist())
         return found
 
     expected = notes(CASE)

@@ -43,7 +43,7 @@ from kvframe.errors import (
     UnsupportedCallError,
     UnsupportedModelError,
 )
-from kvframe.hf import RetrievalCache
+from kvframe.hf import RetrievalCache, memory_needs
 from kvframe.hf import cache as cache_module
 from kvframe.hf.families import build_model
 from kvframe.memory.pool import RowPool
@@ -577,11 +577,11 @@ class TestMemory:
         token_bytes = 2 * 2 * 2 * 8 * 4  # layers, KV heads, K and V, head_dim, float32
         enough_for_three = 3 * (PROMPT_TOKENS + NEW_TOKENS) * token_bytes
         with kvframe.attach(model_of("Llama"), louiskv()) as run:
-            monkeypatch.setattr(cache_module, "available_host_memory", lambda: enough_for_three)
+            monkeypatch.setattr(memory_needs, "available_host_memory", lambda: enough_for_three)
             with never_forward(run.model), refused(HostMemoryError, "64 tokens x 4 sequences"):
                 generate(run.model, num_return_sequences=2, do_sample=True)
             first = generate(run.model)
-            monkeypatch.setattr(cache_module, "available_host_memory", lambda: 0)
+            monkeypatch.setattr(memory_needs, "available_host_memory", lambda: 0)
             with never_forward(run.model), refused(HostMemoryError, "0.00 GiB are available"):
                 generate(run.model, Prompt(first.tokens, grown(first)), past_key_values=run.cache, max_new_tokens=999)
             run.cache.crop(-2)
@@ -592,7 +592,7 @@ class TestMemory:
         """Where the config says too little, the first keys tell, before any of them is taken in."""
         model = make_model("Llama")
         monkeypatch.setattr(cache_module, "kv_shape", lambda config: (1, 1))
-        monkeypatch.setattr(cache_module, "available_host_memory", lambda: 10_000)
+        monkeypatch.setattr(memory_needs, "available_host_memory", lambda: 10_000)
         with kvframe.attach(model, louiskv()) as run:
             with refused(HostMemoryError, "64 tokens x 2 sequences"):
                 generate(model)
@@ -603,7 +603,7 @@ class TestMemory:
     @pytest.mark.parametrize("available", [None, 10**9])
     def test_enough(self, monkeypatch: pytest.MonkeyPatch, available: int | None) -> None:
         """A system that does not say how much there is, is trusted."""
-        monkeypatch.setattr(cache_module, "available_host_memory", lambda: available)
+        monkeypatch.setattr(memory_needs, "available_host_memory", lambda: available)
         with kvframe.attach(model_of("Llama"), louiskv()) as run:
             assert_usable(run)
 

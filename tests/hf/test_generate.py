@@ -125,7 +125,7 @@ class TestTurns:
 
     def test_nothing_is_allocated_step_by_step(self, monkeypatch: pytest.MonkeyPatch, turns: list[Prompt]) -> None:
         """A turn makes room once, when it begins."""
-        monkeypatch.setattr("kvframe.runtime._SLAB_ROWS", 1)
+        monkeypatch.setattr("kvframe.runtime.layer._SLAB_ROWS", 1)
         monkeypatch.setattr("kvframe.dense_layer._SLAB_ROWS", 1)
         model = model_of("Llama")
         with kvframe.attach(model, louiskv(dense_layers=(0,))) as run:

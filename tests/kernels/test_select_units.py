@@ -1,4 +1,4 @@
-"""`select_units` and `resident_difference` against their definitions, in Python lists."""
+"""`select_units`, `select_runs` and `resident_difference` against their definitions, in Python lists."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvframe_kernels.select_units import resident_difference, select_units
+from kvframe_kernels.select_units import resident_difference, select_runs, select_units
 
 Head = tuple[list[float], list[int]]
 
@@ -108,3 +108,35 @@ def test_difference_definition(state: tuple[int, list[tuple[list[int], list[int]
     assert all(torch.equal(one, other) for one, other in zip(before, (slots, wanted, due), strict=True))
     for head, part in enumerate(parts):
         assert (after[0, head].tolist(), incoming[0, head].tolist()) == exchange(*part)
+
+
+def test_in_order():
+    """The same rows, ascending, with none behind them."""
+    scores, offsets = pack([([0.1, 0.9, 0.4], [3, 2, 2]), ([], [])], 5, 1)
+    rows, count = select_units(scores, offsets, 5, in_order=True)
+
+    assert rows.tolist() == [[[5, 8, 9, 10, 11], [-1] * 5]] and count.tolist() == [[5, 0]]
+
+
+@given(
+    scores=st.lists(st.sampled_from([0.0, 0.125, 0.5, 1.0]), min_size=1, max_size=17), run_length=st.integers(1, 5),
+    budget=st.integers(1, 20), behind=st.integers(0, 6), due=st.sampled_from([None, True, False]),
+)  # fmt: skip
+def test_select_runs_definition(
+    scores: list[float], run_length: int, budget: int, behind: int, due: bool | None
+) -> None:
+    """Neighbouring candidates together, by the sum of their scores, the lower run first where that is equal; the last
+    run may be shorter, and what is behind the count does not exist."""
+    number = len(scores)
+    rows = torch.tensor([[[3 * place + 2 for place in range(number)] + [-5] * behind]])
+    given_scores = torch.tensor([[scores + [-math.inf] * behind]], dtype=torch.float64)
+    flags = None if due is None else torch.tensor([[due]])
+    if due is False:
+        number = 0
+    taken, count = select_runs(given_scores, rows, torch.tensor([[len(scores)]]), run_length, budget, due=flags)
+    runs = [range(start, min(start + run_length, number)) for start in range(0, number, run_length)]
+    runs.sort(key=lambda run: -sum(scores[place] for place in run))
+    expected = [3 * place + 2 for run in runs for place in run][:budget]
+
+    assert taken.shape == (1, 1, budget) and count.tolist() == [[len(expected)]]
+    assert taken[0, 0].tolist() == expected + [-1] * (budget - len(expected))

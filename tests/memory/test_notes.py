@@ -53,7 +53,7 @@ def noting(policy: Policy) -> tuple[Policy, Noting]:
 def noted(layer: RetrievalLayer, batch: int) -> Tensor:
     """Notes of one sequence by position, [2, H, n]."""
     length = layer.ledger.lengths[batch]
-    notes, positions = layer._notes.of(batch, 0, length), layer.positions.of(batch, length)
+    notes, positions = layer.catalog.notes.of(batch, 0, length), layer.positions.of(batch, length)
     return torch.zeros_like(notes).scatter_(-1, positions.expand_as(notes), notes)
 
 

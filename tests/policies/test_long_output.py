@@ -122,7 +122,7 @@ def test_a_cache_that_was_not_told_its_length():
 @pytest.mark.parametrize("execution", ["dense", "offload"])
 def test_a_layer_grows_many_times(execution: str, monkeypatch: pytest.MonkeyPatch):
     """However often a layer outgrows its plan, it does what a layer of the full size does."""
-    monkeypatch.setattr("kvframe.runtime._SLAB_ROWS", 3)
+    monkeypatch.setattr("kvframe.runtime.layer._SLAB_ROWS", 3)
     turns = (Turn(chunks=(9, 4), num_steps=30), Turn(chunks=(6,), num_steps=20))
     policy = small_louiskv(token_budget=16, window_size=6)
     planned, grown = Case(turns=turns), Case(turns=turns, capacity=1)

@@ -11,8 +11,8 @@ import kvframe
 from kvframe import SketchRerank, StepInputs, UnitTable
 from kvframe.errors import ConfigError
 from kvframe.memory.index import channel_sizes
-from kvframe.sketch import decode_sketch
 from kvframe.testing.cases import make_layout
+from kvframe_kernels.key_sketch import Sketch, decode_sketch
 
 LAYOUT = make_layout(batch_size=1, num_kv_heads=1, group_size=2, head_dim=5)
 FIRST = 3  # the row of the first unit's first token
@@ -78,7 +78,7 @@ def test_two_passes(
         offsets=torch.tensor([[[FIRST, *(FIRST + sum(sizes[: n + 1]) for n in range(num_units)), 0]]]),
         num_units=torch.tensor([[num_units]]),
         max_units=num_units + 1,
-        index={"mean_key": torch.nn.functional.pad(means, (0, 0, 0, 1), value=99.0)[None, None]},
+        means=(torch.nn.functional.pad(means, (0, 0, 0, 1), value=99.0)[None, None],) * 2,
         row_index={
             name: torch.nn.functional.pad(part, (0, 0, FIRST, 2), value=9)[:, None] for name, part in sketch.items()
         },
@@ -86,7 +86,7 @@ def test_two_passes(
     )
     inputs = StepInputs(query=query, layout=LAYOUT)
     rows, count = selector.select(inputs, torch.nn.functional.pad(scores, (0, 1), value=-math.inf), units)
-    decoded = decode_sketch(sketch["codes"], sketch["step"], bits, width)[0]
+    decoded = decode_sketch(Sketch.of(sketch), bits, width)[0]
     approximate = means[unit] + (decoded if channels is None else decoded * channels)
     wanted = expected(selector, scores[0, 0].tolist(), sizes, query[0].tolist(), approximate.tolist())
 
@@ -99,7 +99,7 @@ def products_off(selector: SketchRerank, keys: torch.Tensor, query: torch.Tensor
     """Root mean square of what is missed of q . k by a sketch of the keys [T, D], with queries [n, D]."""
     channels = channel_sizes(keys[None]) if selector.scales_channels else None
     sketch = selector.row_index(keys[None], keys[None], torch.zeros_like(keys)[None], channels)
-    decoded = decode_sketch(sketch["codes"], sketch["step"], selector.bits, keys.shape[-1])[0]
+    decoded = decode_sketch(Sketch.of(sketch), selector.bits, keys.shape[-1])[0]
     decoded = decoded if channels is None else decoded * channels
     return float((query @ (decoded - keys).T).square().mean().sqrt())
 

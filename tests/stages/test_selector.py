@@ -51,7 +51,7 @@ def with_indices(selector: Selector, units: UnitTable) -> UnitTable:
     kept = selector.row_index(keys, values, centres)
     return evolve(
         units,
-        index=dict(zip(("mean_key", "mean_value"), means)),
+        means=tuple(means),
         row_index={name: entry.view(*heads, *entry.shape[1:]) for name, entry in kept.items()},
     )
 

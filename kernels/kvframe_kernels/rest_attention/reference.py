@@ -13,7 +13,7 @@ def unattended_tokens_reference(
 
     resident_rows: int64 [B, H, C], -1 for an empty slot; unit_offsets: int32 or int64 [B, H, >= max_units + 1], unit u
     is the rows [unit_offsets[u], unit_offsets[u + 1]); num_units: int64 [B, H], what lies behind it means nothing.
-    Returns int64 [B, H, max_units], 0 where there is no unit.
+    Returns int32 [B, H, max_units], 0 where there is no unit.
     """
     offsets = unit_offsets[..., : max_units + 1].long()
     columns = torch.arange(max_units + 1, device=offsets.device)
@@ -25,7 +25,7 @@ def unattended_tokens_reference(
     counted = torch.zeros(*offsets.shape[:2], max_units + 1, dtype=torch.int64, device=offsets.device)
     counted.scatter_add_(-1, torch.where(inside, unit, max_units), inside.long())
     sizes = offsets[..., 1:] - offsets[..., :-1]
-    return (sizes - counted[..., :-1]).masked_fill(absent[..., 1:], 0)
+    return (sizes - counted[..., :-1]).masked_fill(absent[..., 1:], 0).int()
 
 
 def rest_attention_reference(
@@ -34,7 +34,8 @@ def rest_attention_reference(
     """Attention over one virtual entry for each unit: its mean key and mean value, counted once for every token of
     `rest`, as in RetroInfer (2025, arXiv 2505.02922).
 
-    query: [B, Hq, T, D]; mean_keys: [B, H, U, D]; mean_values: [B, H, U, Dv]; rest: int64 [B, H, U], 0 for no entry.
+    query: [B, Hq, T, D]; mean_keys: [B, H, U, D]; mean_values: [B, H, U, Dv]; rest: whole numbers [B, H, U], 0 for no
+    entry.
     Returns (out [B, Hq, T, Dv], lse [B, Hq, T]), both in at least float32; lse is -inf, and out 0, where there is no
     entry at all.
     """

@@ -10,6 +10,7 @@ from kvframe_kernels.select_units.reference import (
     ROWS_SELECTED,
     SELECTIONS,
     exchange_resident_reference,
+    select_runs_reference,
     select_units_reference,
 )
 from kvframe_kernels.select_units.reference import resident_difference_reference as resident_difference
@@ -22,25 +23,54 @@ __all__ = [
     "exchange_resident",
     "exchange_resident_reference",
     "resident_difference",
+    "select_runs",
+    "select_runs_reference",
     "select_units",
     "select_units_reference",
 ]
 
 
 def select_units(
-    scores: Tensor, unit_offsets: Tensor, token_budget: int, *, due: Tensor | None = None, backend: Backend = "auto"
+    scores: Tensor,
+    unit_offsets: Tensor,
+    token_budget: int,
+    *,
+    in_order: bool = False,
+    due: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`select_units_reference`, by the chosen backend.
 
-    due: bool [B, H]; where false the result may be anything. The kernels give the rows in their own order, not by
-    score.
+    due: bool [B, H]; where false the result may be anything. The kernels give the rows in ascending order in any case.
     """
     reason = float_reason(scores) or _size_reason(scores.shape[-1])
     if choose("select_units", scores, backend, reason, kernels=("triton",)) == "reference":
-        return select_units_reference(scores, unit_offsets, token_budget)
+        return select_units_reference(scores, unit_offsets, token_budget, in_order=in_order)
     from kvframe_kernels.select_units.triton_kernel import select_units_triton
 
     return select_units_triton(scores, unit_offsets, token_budget, due)
+
+
+def select_runs(
+    scores: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    run_length: int,
+    token_budget: int,
+    *,
+    due: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`select_runs_reference`, by the chosen backend.
+
+    due: bool [B, H]; where false the result may be anything. The kernels give the rows in the order of the candidates.
+    """
+    reason = float_reason(scores) or _size_reason(scores.shape[-1])
+    if choose("select_runs", scores, backend, reason, kernels=("triton",)) == "reference":
+        return select_runs_reference(scores, rows, count, run_length, token_budget, due=due)
+    from kvframe_kernels.select_units.triton_kernel import select_runs_triton
+
+    return select_runs_triton(scores, rows, count, run_length, token_budget, due)
 
 
 def _size_reason(num_units: int) -> str | None:

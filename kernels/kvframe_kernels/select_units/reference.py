@@ -1,4 +1,4 @@
-"""Plain torch definitions of `select_units`, `resident_difference` and `exchange_resident`."""
+"""Plain torch definitions of `select_units`, `select_runs`, `resident_difference` and `exchange_resident`."""
 
 import math
 
@@ -14,11 +14,14 @@ ROWS_RECALLED = 2  # rows of them that were not resident
 NUM_TALLIES = 3
 
 
-def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
+def select_units_reference(
+    scores: Tensor, unit_offsets: Tensor, token_budget: int, *, in_order: bool = False
+) -> tuple[Tensor, Tensor]:
     """Units in score order until the budget is filled, the last one cut so that it is filled exactly.
 
     scores: [B, H, U], -inf where there is no unit; ties go to the lower unit.
     unit_offsets: int32 or int64 [B, H, >= U + 1]; unit u is the rows [unit_offsets[u], unit_offsets[u + 1]).
+    in_order: give the rows in ascending order instead of that of the scores.
     Returns (rows, count): rows int64 [B, H, token_budget], -1 behind the count; count int64 [B, H].
     """
     num_units = scores.shape[-1]
@@ -34,7 +37,40 @@ def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: i
     places = torch.arange(token_budget, device=scores.device).expand(*scores.shape[:2], token_budget).contiguous()
     rank = torch.searchsorted(ends, places, right=True).clamp(max=num_units - 1)
     rows = starts.gather(-1, rank) + places - (ends - sizes).gather(-1, rank)
-    return rows.masked_fill(places >= count[..., None], -1), count
+    behind = places >= count[..., None]
+    if in_order:
+        rows = rows.masked_fill(behind, torch.iinfo(torch.int64).max).sort(-1).values
+    return rows.masked_fill(behind, -1), count
+
+
+def select_runs_reference(
+    scores: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    run_length: int,
+    token_budget: int,
+    *,
+    due: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Candidates in runs of `run_length`, one after the other in their order, the last run of what is left; runs in
+    the order of their scores until the budget is filled, the last one cut so that it is filled exactly.
+
+    scores: [B, H, C], of each candidate, added up in a run, finite; ties go to the lower run.
+    rows: int64 [B, H, C], the first count[b, h] of which are candidates, count int64 [B, H].
+    due: bool [B, H], where false rows, scores and count may be anything, and there is no candidate; None is true.
+    Returns (rows, count) as `select_units_reference` does, in the order of the runs' scores.
+    """
+    if due is not None:
+        count = count.masked_fill(~due, 0)
+    num_candidates = rows.shape[-1]
+    exists = torch.arange(num_candidates, device=rows.device) < count[..., None]
+    padded = torch.nn.functional.pad(scores.masked_fill(~exists, 0), (0, -num_candidates % run_length))
+    starts = torch.arange(0, num_candidates + run_length, run_length, device=rows.device)
+    offsets = torch.minimum(starts, count[..., None])
+    of_runs = padded.view(*rows.shape[:2], -1, run_length).sum(-1)
+    of_runs = of_runs.masked_fill(offsets[..., :-1] >= count[..., None], -math.inf)
+    places, taken = select_units_reference(of_runs, offsets, token_budget)
+    return rows.gather(-1, places.clamp(min=0)).masked_fill(places < 0, -1), taken
 
 
 def resident_difference_reference(

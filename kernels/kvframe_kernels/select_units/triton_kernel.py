@@ -1,4 +1,4 @@
-"""`select_units` and `exchange_resident` as Triton kernels: a program a KV head of a sequence."""
+"""`select_units`, `select_runs` and `exchange_resident` as Triton kernels: a program a KV head of a sequence."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -23,15 +23,25 @@ _RESIDENT = tl.constexpr(RESIDENT)
 
 
 @triton.jit
-def _keys_and_sizes(scores, offsets, units, num_units):
-    """Integers in the order of the scores, and the units' tokens; a unit that does not exist has none."""
-    exists = units < num_units
-    score = tl.load(scores + units, mask=exists, other=float("-inf")).to(tl.float32) + 0.0  # -0 equals 0
-    bits = score.to(tl.int32, bitcast=True)
+def _keys_and_sizes(scores, offsets, units, num_units, num_rows, RUN: tl.constexpr):
+    """Integers in the order of the scores, and the units' tokens; a unit that does not exist has none.
+
+    With RUN, units are so many rows each of num_rows, which have a score each; a unit has the sum of theirs.
+    """
+    if RUN > 0:
+        starts = units * RUN
+        sizes = tl.minimum(tl.maximum(num_rows - starts, 0), RUN)
+        score = tl.load(scores + starts, mask=starts < num_rows, other=float("-inf")).to(tl.float32)
+        for place in range(1, RUN):
+            score += tl.load(scores + starts + place, mask=starts + place < num_rows, other=0.0).to(tl.float32)
+    else:
+        exists = units < num_units
+        score = tl.load(scores + units, mask=exists, other=float("-inf")).to(tl.float32)
+        starts = tl.load(offsets + units, mask=exists, other=0)
+        ends = tl.load(offsets + units + 1, mask=exists, other=0)
+        sizes = tl.where(score == float("-inf"), 0, ends - starts).to(tl.int32)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 equals 0
     keys = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    starts = tl.load(offsets + units, mask=exists, other=0)
-    ends = tl.load(offsets + units + 1, mask=exists, other=0)
-    sizes = tl.where(score == float("-inf"), 0, ends - starts).to(tl.int32)
     return keys, sizes
 
 
@@ -51,11 +61,12 @@ def _later(one, other):
 
 @triton.jit
 def _select_units_kernel(
-    scores, unit_offsets, due, rows, count, firsts,
+    scores, unit_offsets, candidates, num_candidates, due, rows, count, firsts, starts_of,
     num_units, num_offsets, scores_head, budget,
     HAS_DUE: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr, NUM_TILES: tl.constexpr, PART: tl.constexpr,
-    FILL: tl.constexpr,
+    FILL: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
+    # With RUN, units are runs of `candidates`, of which there are num_candidates; unit_offsets says nothing then.
     head = tl.program_id(0).to(tl.int64)
     is_due = True
     if HAS_DUE:
@@ -65,6 +76,11 @@ def _select_units_kernel(
         offsets = unit_offsets + head * num_offsets
         rows += head * budget
         firsts += head * budget
+        starts_of += head * budget
+        num_rows = 0
+        if RUN > 0:
+            candidates += head * scores_head
+            num_rows = tl.minimum(tl.load(num_candidates + head), scores_head).to(tl.int32)
         lanes = tl.arange(0, TILE)
         for begin in range(0, budget, FILL):
             places = begin + tl.arange(0, FILL)
@@ -72,22 +88,24 @@ def _select_units_kernel(
         tl.debug_barrier()
 
         # The range of the scores, and whether there is any choice.
-        keys, sizes = _keys_and_sizes(scores, offsets, lanes, num_units)
+        keys, sizes = _keys_and_sizes(scores, offsets, lanes, num_units, num_rows, RUN)
         total = tl.sum(sizes, 0)
         high = tl.max(tl.where(sizes > 0, keys, -2147483648), 0)
         low = tl.min(tl.where(sizes > 0, keys, 2147483647), 0)
         if REST > 0:
-            rest_keys, rest_sizes = _keys_and_sizes(scores, offsets, TILE + tl.arange(0, REST), num_units)
+            rest_keys, rest_sizes = _keys_and_sizes(
+                scores, offsets, TILE + tl.arange(0, REST), num_units, num_rows, RUN
+            )
             total += tl.sum(rest_sizes, 0)
             high = tl.maximum(high, tl.max(tl.where(rest_sizes > 0, rest_keys, -2147483648), 0))
             low = tl.minimum(low, tl.min(tl.where(rest_sizes > 0, rest_keys, 2147483647), 0))
         for tile in range(1, NUM_TILES):
-            keys, sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
+            keys, sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units, num_rows, RUN)
             total += tl.sum(sizes, 0)
             high = tl.maximum(high, tl.max(tl.where(sizes > 0, keys, -2147483648), 0))
             low = tl.minimum(low, tl.min(tl.where(sizes > 0, keys, 2147483647), 0))
         if NUM_TILES > 1:
-            keys, sizes = _keys_and_sizes(scores, offsets, lanes, num_units)
+            keys, sizes = _keys_and_sizes(scores, offsets, lanes, num_units, num_rows, RUN)
 
         # The highest score such that the units at or above it fill the budget. No sort: the range is cut into four
         # again and again, and one sum of three fields of 21 bits says in which quarter the score lies.
@@ -104,7 +122,7 @@ def _select_units_kernel(
             if REST > 0:
                 above += tl.sum(_above(rest_keys, rest_sizes, first, second, third), 0)
             for tile in range(1, NUM_TILES):
-                more_keys, more_sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
+                more_keys, more_sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units, num_rows, RUN)
                 above += tl.sum(_above(more_keys, more_sizes, first, second, third), 0)
             if (above >> 42) >= budget:
                 low = third
@@ -123,7 +141,7 @@ def _select_units_kernel(
         if REST > 0:
             whole += tl.sum(tl.where(rest_keys > last, rest_sizes, 0), 0)
         for tile in range(1, NUM_TILES):
-            more_keys, more_sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units)
+            more_keys, more_sizes = _keys_and_sizes(scores, offsets, tile * TILE + lanes, num_units, num_rows, RUN)
             whole += tl.sum(tl.where(more_keys > last, more_sizes, 0), 0)
         room = budget - whole
         tied_before = tl.zeros((), dtype=tl.int32)
@@ -131,16 +149,19 @@ def _select_units_kernel(
         # Read again in smaller parts: what this takes in registers is several times the scores.
         for part in range(0, num_units, PART):
             units = part + tl.arange(0, PART)
-            part_keys, part_sizes = _keys_and_sizes(scores, offsets, units, num_units)
+            part_keys, part_sizes = _keys_and_sizes(scores, offsets, units, num_units, num_rows, RUN)
             tied = tl.where(part_keys == last, part_sizes, 0)
             tied_sum = tl.cumsum(tied, 0)
             left = tl.maximum(room - (tied_before + tied_sum - tied), 0)
             taken = tl.where(part_keys > last, part_sizes, tl.minimum(tied, left))
             taken_sum = tl.cumsum(taken, 0)
             place = taken_before + taken_sum - taken
-            starts = tl.load(offsets + units, mask=taken > 0, other=0)
+            if RUN > 0:
+                starts = units * RUN
+            else:
+                starts = tl.load(offsets + units, mask=taken > 0, other=0)
             # Only the first row of each unit, and where it stands.
-            tl.store(rows + place, starts, mask=taken > 0)
+            tl.store(starts_of + place, starts, mask=taken > 0)
             tl.store(firsts + place, place, mask=taken > 0)
             tied_before += tl.sum(tied, 0)
             taken_before += tl.sum(taken, 0)
@@ -153,8 +174,9 @@ def _select_units_kernel(
             marked = tl.load(firsts + places, mask=places < taken_before, other=0)
             origin = tl.maximum(tl.associative_scan(marked, 0, _later), latest)
             latest = tl.max(origin, 0)
-            # Writing does not disturb it: the first row of a unit stays what it is.
-            row = tl.load(rows + origin, mask=places < taken_before, other=0) + places - origin
+            row = tl.load(starts_of + origin, mask=places < taken_before, other=0) + places - origin
+            if RUN > 0:
+                row = tl.load(candidates + row, mask=places < taken_before, other=0)
             tl.store(rows + places, tl.where(places < taken_before, row, -1), mask=places < budget)
 
 
@@ -162,21 +184,48 @@ def select_units_triton(
     scores: Tensor, unit_offsets: Tensor, token_budget: int, due: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as in `select_units_reference`, the rows in the units' order."""
+    return _select(scores, unit_offsets, None, None, token_budget, 0, due)
+
+
+def select_runs_triton(
+    scores: Tensor, rows: Tensor, count: Tensor, run_length: int, token_budget: int, due: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Arguments and result as in `select_runs_reference`, the rows in the order of the candidates."""
+    return _select(scores, None, rows.contiguous(), count.contiguous(), token_budget, run_length, due)
+
+
+def _select(
+    scores: Tensor,
+    unit_offsets: Tensor | None,
+    candidates: Tensor | None,
+    num_candidates: Tensor | None,
+    token_budget: int,
+    run_length: int,
+    due: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Units of a table of offsets, or, without one, runs of so many candidates."""
     scores = scores.contiguous()
-    batch_size, num_kv_heads, num_units = scores.shape
+    batch_size, num_kv_heads, num_scores = scores.shape
+    num_units = triton.cdiv(num_scores, run_length) if run_length else num_scores
     rows = torch.empty(batch_size, num_kv_heads, token_budget, dtype=torch.int64, device=scores.device)
     count = torch.empty(batch_size, num_kv_heads, dtype=torch.int64, device=scores.device)
-    firsts = torch.empty(batch_size, num_kv_heads, token_budget, dtype=torch.int32, device=scores.device)
+    firsts, starts_of = torch.empty(2, *rows.shape, dtype=torch.int32, device=scores.device).unbind()
     tile = min(_MAX_TILE, triton.next_power_of_2(num_units))
     num_tiles, rest = triton.cdiv(num_units, tile), 0
     if tile < num_units <= tile + tile // 2:
         num_tiles, rest = 1, triton.next_power_of_2(num_units - tile)
     _select_units_kernel[(batch_size * num_kv_heads,)](
-        scores, unit_offsets, count if due is None else due.contiguous(), rows, count, firsts,
-        num_units, unit_offsets.shape[-1], num_units, token_budget,
+        scores,
+        rows if unit_offsets is None else unit_offsets,
+        rows if candidates is None else candidates,
+        count if num_candidates is None else num_candidates,
+        count if due is None else due.contiguous(),
+        rows, count, firsts, starts_of,
+        num_units, 0 if unit_offsets is None else unit_offsets.shape[-1], num_scores, token_budget,
         HAS_DUE=due is not None, TILE=tile, REST=rest, NUM_TILES=num_tiles,
         PART=min(tile, 4096),
         FILL=min(1024, triton.next_power_of_2(token_budget)),
+        RUN=run_length,
         num_warps=min(32, max(4, tile // 1024)),
     )  # fmt: skip
     return rows, count

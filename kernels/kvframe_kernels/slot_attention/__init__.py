@@ -34,7 +34,7 @@ def slot_attention(
     need_lse = need_lse or extra is not None
     # Torch's fused attention is the kernel for several queries, so nothing is amiss where it runs.
     if query.shape[2] == 1 or backend != "auto":
-        reason = _reason(query, k_slots, v_slots)
+        reason = unserved(query, k_slots, v_slots)
         if choose("slot_attention", query, backend, reason, kernels=("triton",)) == "triton":
             from kvframe_kernels.slot_attention.triton_kernel import slot_attention_triton
 
@@ -49,11 +49,12 @@ def slot_attention(
 
 
 def make_arrivals(batch_size: int, num_qo_heads: int, device: torch.device) -> Tensor:
-    """int32, as many as `slot_attention` needs for any call of so many query heads: who has finished its part."""
+    """int32, as many as `slot_attention`, or `rest_attention`, needs for any call of so many query heads: who has
+    finished its part."""
     return torch.zeros(batch_size * num_qo_heads, dtype=torch.int32, device=device)
 
 
-def _reason(query: Tensor, k_slots: Tensor, v_slots: Tensor) -> str | None:
+def unserved(query: Tensor, k_slots: Tensor, v_slots: Tensor) -> str | None:
     """Why the kernel does not serve a call; None where it does."""
     if query.shape[2] != 1:
         return f"the kernel serves one query, not {query.shape[2]}"

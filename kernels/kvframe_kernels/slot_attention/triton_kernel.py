@@ -22,9 +22,10 @@ def _attend_kernel(
     num_slots, num_splits, num_kv_heads,
     GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, TILE: tl.constexpr,
-    COVERED: tl.constexpr, MEMBERS: tl.constexpr, SPLITS: tl.constexpr,
+    COVERED: tl.constexpr, MEMBERS: tl.constexpr, SPLITS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     # Grid: KV heads of all sequences, splits, blocks of HEADS query heads of a group.
+    # With COUNTED, the bias says how often each slot counts, 0 for an empty one: its logarithm is what is added.
     kv_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch = kv_head // num_kv_heads
@@ -52,7 +53,7 @@ def _attend_kernel(
     v_slots += batch * v_batch + head * v_head
     if bias is not None:
         bias += batch * bias_batch + head * bias_head
-        coming = tl.load(bias + start + offsets, mask=start + offsets < stop, other=float("-inf")).to(tl.float32)
+        coming = _load_bias(bias, start + offsets, stop, COUNTED)
 
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -62,9 +63,11 @@ def _attend_kernel(
         if bias is not None:
             # Loaded a tile ahead, since the loads of rows wait for it; two tiles ahead, Triton would not pipeline them.
             added = coming
-            ahead = slots + TILE
-            coming = tl.load(bias + ahead, mask=ahead < stop, other=float("-inf")).to(tl.float32)
-            is_full = added != float("-inf")
+            coming = _load_bias(bias, slots + TILE, stop, COUNTED)
+            if COUNTED:
+                is_full = added > 0.0
+            else:
+                is_full = added != float("-inf")
         else:
             is_full = slots < stop
         rows = slots.to(tl.int64)[:, None]
@@ -75,7 +78,10 @@ def _attend_kernel(
         )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if bias is not None:
-            scores += (added * _LOG2E)[None, :]
+            if COUNTED:
+                scores += tl.log2(tl.maximum(added, 1.0))[None, :]
+            else:
+                scores += (added * _LOG2E)[None, :]
         scores = tl.where(is_full[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Over nothing but empty slots, -inf less -inf would be NaN.
@@ -105,6 +111,14 @@ def _attend_kernel(
                     kv_head * GROUP_SIZE + merged, merged < GROUP_SIZE, parts, tops, sums, extra_out, extra_lse, out,
                     lse, num_live, num_splits, MEMBERS, VALUE, VALUE_PAD, SPLITS,
                 )  # fmt: skip
+
+
+@triton.jit
+def _load_bias(bias, slots, stop, COUNTED: tl.constexpr):
+    if COUNTED:
+        return tl.load(bias + slots, mask=slots < stop, other=0).to(tl.float32)
+    else:
+        return tl.load(bias + slots, mask=slots < stop, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -179,8 +193,13 @@ def slot_attention_triton(
     extra: tuple[Tensor, Tensor] | None,
     need_lse: bool,
     arrivals: Tensor | None,
+    counted: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and result as in `slot_attention`, for T = 1; empty slots are not read."""
+    """Arguments and result as in `slot_attention`, for T = 1; empty slots are not read.
+
+    counted: the bias is of whole numbers and says how often each slot counts, 0 for an empty one, whose logarithm is
+    what is added; the output is in float32 then.
+    """
     batch_size, num_qo_heads, _, width = query.shape
     num_kv_heads, num_slots, value = v_slots.shape[1:]
     group_size = num_qo_heads // num_kv_heads
@@ -202,7 +221,7 @@ def slot_attention_triton(
     rows = batch_size * num_qo_heads
     parts = query.new_empty(rows, num_splits, value, dtype=torch.float32)
     tops, sums = query.new_empty(2, rows, num_splits, dtype=torch.float32).unbind()
-    out = query.new_empty(batch_size, num_qo_heads, 1, value)
+    out = query.new_empty(batch_size, num_qo_heads, 1, value, dtype=torch.float32 if counted else query.dtype)
     lse = query.new_empty(batch_size, num_qo_heads, 1, dtype=torch.float32) if need_lse else None
     extra_out, extra_lse = (None, None) if extra is None else (extra[0].contiguous(), extra[1].contiguous())
     if arrivals is None:
@@ -219,7 +238,7 @@ def slot_attention_triton(
         num_slots, num_splits, num_kv_heads,
         GROUP_SIZE=group_size, HEADS=heads,
         WIDTH=width, WIDTH_PAD=width_pad, VALUE=value, VALUE_PAD=value_pad, TILE=tile,
-        COVERED=min(heads, group_size), MEMBERS=members, SPLITS=splits,
+        COVERED=min(heads, group_size), MEMBERS=members, SPLITS=splits, COUNTED=counted,
         num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
     )  # fmt: skip
     return out, lse

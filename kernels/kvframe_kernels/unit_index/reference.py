@@ -63,7 +63,7 @@ def window_mean_reference(
     accumulated in at least float32. A unit has at most `ring_size` rows.
     Nothing is written where not `leaves`, nor for a column outside [0, U).
     """
-    found = _leaving_rows(leaves, start, size, buffer, first, ring_size)
+    found = leaving_rows(leaves, start, size, buffer, first, ring_size)
     if found is None or index.shape[2] == 0:
         return
     rows, inside = found
@@ -88,7 +88,7 @@ def window_bounds_reference(
     lower, upper: [B, H, U, D], what `unit_bounds_reference` gives; all else as in `window_mean_reference`. A unit
     without rows is zero.
     """
-    found = _leaving_rows(leaves, start, size, buffer, first, ring_size)
+    found = leaving_rows(leaves, start, size, buffer, first, ring_size)
     if found is None or lower.shape[2] == 0:
         return
     rows, inside = found
@@ -97,7 +97,7 @@ def window_bounds_reference(
     _enter(upper, columns, leaves, rows.masked_fill(~inside, -torch.inf).amax(2).where(is_any, 0))
 
 
-def _leaving_rows(
+def leaving_rows(
     leaves: Tensor, start: Tensor, size: Tensor, buffer: Tensor, first: int, ring_size: int
 ) -> tuple[Tensor, Tensor] | None:
     """Rows [B, H, n, D] that hold every unit which leaves, and bool [B, H, n, 1], those of them that belong to it; None

@@ -211,13 +211,39 @@ def unit_scores_triton(
     )  # fmt: skip
     if not softmax:
         return out
-    heads = min(16, triton.next_power_of_2(group_size))
+    return reduce_products(products, num_units, due, tops, sums, out, tile=tile, mean=reduction == "mean")
+
+
+def reduce_products(
+    products: Tensor,
+    count: Tensor,
+    due: Tensor | None,
+    tops: Tensor,
+    sums: Tensor,
+    out: Tensor,
+    *,
+    tile: int,
+    mean: bool,
+) -> Tensor:
+    """Products of query heads, normalised over the entries of each, then reduced over every group.
+
+    products: float32 [B * Hq, N]; count: int64 [B, H], entries behind it do not exist; due: bool [B, H] or None.
+    tops, sums: float32 [B * Hq, ceil(N / tile)], of every `tile` entries that are not all behind the count the largest
+    product, and the sum of exp(product - largest).
+    out: float32 [B, H, N], which is filled and returned: the mean over a group, or else its largest; -inf behind the
+    count. Where not due it is not written. All is contiguous.
+    """
+    batch_size, num_kv_heads, num_entries = out.shape
+    num_heads, num_tiles = batch_size * num_kv_heads, tops.shape[1]
+    group_size = products.shape[0] // num_heads
+    # With one row a tile, what ptxas makes of it spills kilobytes, after minutes.
+    heads = min(16, max(2, triton.next_power_of_2(group_size)))
     units = 4096 // max(4, heads)
-    _reduce_kernel[(num_heads, triton.cdiv(max_units, units))](
-        products, num_units, due, tops, sums, out,
-        max_units, num_tiles,
+    _reduce_kernel[(num_heads, triton.cdiv(num_entries, units))](
+        products, count, due, tops, sums, out,
+        num_entries, num_tiles,
         GROUP_SIZE=group_size, HEADS=heads, UNITS=units, PARTS=min(units, triton.next_power_of_2(num_tiles)),
-        TILE=tile, MEAN=reduction == "mean",
+        TILE=tile, MEAN=mean,
         num_warps=4,
     )  # fmt: skip
     return out

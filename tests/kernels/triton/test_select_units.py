@@ -1,4 +1,4 @@
-"""The kernels of `select_units` and `exchange_resident` against their references."""
+"""The kernels of `select_units`, `select_runs` and `exchange_resident` against their references."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe_kernels.append_token import NUM_COUNTS, Slots
-from kvframe_kernels.select_units import NUM_TALLIES, exchange_resident, select_units
+from kvframe_kernels.select_units import NUM_TALLIES, exchange_resident, select_runs, select_units
 from kvframe_kernels.select_units import triton_kernel as kernels
 
 
@@ -61,6 +61,55 @@ def test_select_at_full_size(device: torch.device) -> None:
         rows, count = select_units(scores, offsets, budget, backend="triton")
         assert torch.equal(count, expected_count)
         assert torch.equal(rows.sort(-1).values, expected.sort(-1).values)
+
+
+@settings(max_examples=8)
+@given(
+    heads=st.sampled_from([(1, 1), (2, 3)]), num_candidates=st.sampled_from([1, 7, 33, 100]),
+    run_length=st.sampled_from([1, 2, 3, 16]), budget=st.integers(1, 40), tile=st.sampled_from([16, 8192]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_runs_equal_reference(
+    device: torch.device, heads: tuple[int, int], num_candidates: int, run_length: int, budget: int, tile: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """The same rows, in the order of the candidates; what is behind the count is not looked at."""
+    check_runs(device, heads, num_candidates, run_length, budget, tile, seed)
+
+
+def check_runs(
+    device: torch.device, heads: tuple[int, int], num_candidates: int, run_length: int, budget: int, tile: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """Scores whose sums are exact, so that nothing but the rule decides."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 9 if seed % 2 else 1 << 12, (*heads, num_candidates), generator=generator) / 4096
+    rows = torch.rand(*heads, 3 * num_candidates, generator=generator).argsort(-1)[..., :num_candidates].sort(-1).values
+    count = torch.randint(0, num_candidates + 1, heads, generator=generator)
+    count[0, 0] = num_candidates
+    due = torch.rand(heads, generator=generator) < 0.7
+    behind = torch.arange(num_candidates) >= count[..., None]
+    scores, rows = scores.masked_fill(behind, torch.nan), rows.masked_fill(behind, -7)
+    expected, expected_count = select_runs(scores, rows, count, run_length, budget, due=due, backend="reference")
+    with pytest.MonkeyPatch.context() as patch, guarded(device) as guard:
+        patch.setattr(kernels, "_MAX_TILE", tile)
+        arguments = (guard.copy(scores), guard.copy(rows), guard.copy(count))
+        taken, number = select_runs(*arguments, run_length, budget, due=guard.copy(due), backend="triton")
+
+    assert taken.shape == expected.shape
+    for head in due.nonzero().tolist():
+        mine = taken[*head].cpu()
+        assert int(number[*head]) == int(expected_count[*head])
+        in_order = mine[: int(number[*head])].diff() > 0
+        assert in_order.all() and torch.equal(mine.sort().values, expected[*head].sort().values)
+
+
+def test_runs_at_full_size(device: torch.device) -> None:
+    """As many candidates as a large budget has."""
+    if device.type == "cpu":
+        pytest.skip("too large for the interpreter")
+    for num_candidates, run_length, budget in ((4096, 1, 1024), (4096, 4, 1000), (30_000, 3, 7000)):
+        check_runs(device, (2, 8), num_candidates, run_length, budget, 8192, seed=4)
 
 
 @settings(max_examples=12)

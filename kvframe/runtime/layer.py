@@ -1,4 +1,4 @@
-"""One layer's step: calls the five stages in order. It has no policy of its own."""
+"""One layer under a policy: the order of the stages in a step."""
 
 import functools
 import math
@@ -6,104 +6,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attrs import define, evolve
+from attrs import evolve
 from torch import Tensor
 
-from kvframe.attention import causal_attention
 from kvframe.composition import Policy
 from kvframe.errors import UnsupportedCallError
 from kvframe.layer import LayerRuntime
 from kvframe.memory.base import LayerMemory
+from kvframe.memory.catalog import Catalog
 from kvframe.memory.dense import DenseMemory, ShadowMemory
-from kvframe.memory.index import RowIndex, UnitIndex
+from kvframe.memory.index import UnitIndex
 from kvframe.memory.ledger import LENGTH, Ledger
-from kvframe.memory.notes import TokenNotes
 from kvframe.memory.positions import RowPositions
 from kvframe.memory.slots import SlotMemory
 from kvframe.memory.survivors import Survivors
 from kvframe.memory.token_ids import TokenIds
+from kvframe.runtime.ahead import Ahead
+from kvframe.runtime.blocks import OutputBlocks, units_of_regrouping
+from kvframe.runtime.prompts import PromptReader
+from kvframe.runtime.proposed import Tentative
+from kvframe.runtime.states import StageStates
 from kvframe.stages import SLOTS, Stage
 from kvframe.stages.selector import only_due
 from kvframe.stats import RetrievalStats
-from kvframe.types import (
-    BlockInputs,
-    Board,
-    Decision,
-    Execution,
-    LayerLayout,
-    LeavingUnits,
-    PromptInputs,
-    Selection,
-    StepInputs,
-    Units,
-    UnitTable,
-)
+from kvframe.types import BlockInputs, Board, Decision, Execution, LayerLayout, Selection, StepInputs
 from kvframe_kernels.kmeans import write_in_order
 from kvframe_kernels.slot_attention import make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
-
-
-@define(eq=False)
-class Tentative:
-    """Tokens of a call with several queries, behind its first: not in the ledger until the next call commits them."""
-
-    query: Tensor  # [B, Hq, n, D]
-    keys: Tensor  # [B, H, n, D]
-    values: Tensor  # [B, H, n, Dv]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.keys.shape[2]
-
-    def first(self, num_tokens: int) -> "Tentative | None":
-        """The first few of them; None for none."""
-        if num_tokens == 0:
-            return None
-        return Tentative(self.query[:, :, :num_tokens], self.keys[:, :, :num_tokens], self.values[:, :, :num_tokens])
-
-
-@define(eq=False)
-class Ahead:
-    """Heads that select for the step to come, and the query that they select with; written in place."""
-
-    query: Tensor  # [B, Hq, D]
-    due: Tensor  # bool [B, H]
-
-    @classmethod
-    def none(cls, layout: LayerLayout) -> "Ahead":
-        """No head does."""
-        query = torch.zeros(
-            layout.batch_size, layout.num_qo_heads, layout.head_dim, dtype=layout.dtype, device=layout.device
-        )
-        return cls(query, torch.zeros(layout.batch_size, layout.num_kv_heads, dtype=torch.bool, device=layout.device))
-
-
-class OutputBlocks:
-    """Runs of `size` generated tokens of one sequence, from `start` on, that are grouped anew one after the other.
-
-    The host knows where they end, because every step brings one token.
-    """
-
-    def __init__(self, size: int, start: int, length: int) -> None:
-        self.size = size
-        self.start = start
-        """Of the first block that has not been grouped anew."""
-        self.close_at = start + size * ((length - start) // size + 1)
-        """The next length at which a block ends."""
-
-    def regroup_at(self, window_size: int) -> int:
-        """The length at which all of the block has left the window."""
-        return self.start + self.size + window_size
-
-
-def units_of_regrouping(policy: Policy, num_tokens: int) -> int:
-    """So many units more can come of generated tokens where they are grouped anew in blocks."""
-    size = policy.units.regroup_size
-    if size is None:
-        return 0
-    of_block = policy.units.regroup(torch.zeros(1, size, 1)).sizes.shape[1]
-    return (max(0, num_tokens) // size + 1) * (of_block + 1)  # one where the end of a block cuts a unit
 
 
 class RetrievalLayer(LayerRuntime):
@@ -142,21 +72,24 @@ class RetrievalLayer(LayerRuntime):
             max_size=policy.units.max_size,
         )
         self.memory = _make_memory(layout, policy, self.ledger, capacity, execution, backend)
-        # Where nothing can be selected, nothing is scored.
-        self._index = UnitIndex(layout, policy.scorer) if policy.selector.capacity else None
-        self._row_index = RowIndex(layout, policy.selector, capacity)
-        scorer, drops = policy.scorer, policy.transfer.drops
-        self._notes = TokenNotes(layout, scorer.num_notes, capacity) if scorer.num_notes else None
-        self._survivors = Survivors(layout, capacity) if drops and execution != "shadow" else None
+        self.catalog = Catalog(layout, policy.scorer, policy.selector, self.ledger, capacity)
+        drops = policy.transfer.drops and execution != "shadow"
+        self._survivors = Survivors(layout, capacity) if drops else None
         self._ahead = Ahead.none(layout) if policy.trigger.selects_ahead else None
-        self._estimated: Tensor | None = None  # bool [B, H, U], units that may be estimated
+        self._arrivals: Tensor | None = None  # scratch of the attention over estimates
+        if policy.selector.estimates:
+            self._arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
         self._full: Tensor | None = None  # bool [B, H], heads that attended to everything in the last step
         self.stats = RetrievalStats(layout)
         self.positions = RowPositions(layout)
         self._capacity = capacity
         self._has_selected = False  # since the last prompt
-        self._blocks: list[OutputBlocks] = []  # of every sequence; none where nothing is regrouped
-        self._init_stages()
+        self._blocks = OutputBlocks(policy.units.regroup_size, policy.window_size)
+        self._states = StageStates.init(policy, layout)
+        self._reader = PromptReader(
+            layout, policy, self.ledger, self.memory, self.positions,
+            notes=self.catalog.notes, survivors=self._survivors, board=self._board,
+        )  # fmt: skip
         self._tail: Tentative | None = None
         self._num_forgotten = 0
         self._on_cpu = layout.device.type == "cpu"
@@ -178,12 +111,12 @@ class RetrievalLayer(LayerRuntime):
         before = self._capacity
         self._capacity = max(num_rows, before + _SLAB_ROWS)
         self.memory.reserve(self._capacity)
-        for kept in (self._row_index, self._notes, self._survivors):
-            if kept is not None:
-                kept.reserve(self._capacity)
+        self.catalog.reserve_rows(self._capacity)
+        if self._survivors is not None:
+            self._survivors.reserve(self._capacity)
         if not self.ledger.in_prompt:
             more = self._capacity - before
-            units = more // self.ledger.min_size + 1 + units_of_regrouping(self.policy, more)
+            units = more // self.ledger.min_size + 1 + units_of_regrouping(self.policy.units, more)
             self._reserve_units(self.ledger.max_units + units)
 
     # ---- the prompt -------------------------------------------------------------------------------------------------
@@ -206,93 +139,18 @@ class RetrievalLayer(LayerRuntime):
         self.reserve(max(length + num for length, num in zip(self.ledger.lengths, num_real, strict=True)))
         self._has_selected = False
         num_tail = keys.shape[2] - num_committed
-        out = self._attend_in_full(query, keys, values, num_real, num_tail, ahead)
+        out = self._reader.attend(query, keys, values, num_real, num_tail, self._states, ahead)
         committed = [max(0, num - num_tail) for num in num_real]
         self._take_in(keys[:, :, :num_committed], values[:, :, :num_committed], committed)
-        self.policy.trigger.begin(query[:, :, num_committed - 1], self._trigger_state)
-        self.policy.scorer.begin(query[:, :, num_committed - 1], self._scorer_state)
+        self.policy.trigger.begin(query[:, :, num_committed - 1], self._states.trigger)
+        self.policy.scorer.begin(query[:, :, num_committed - 1], self._states.scorer)
         if self._ahead is not None:
-            self._ahead.due.zero_()
+            self._ahead.forget()
         if num_tail:
             self._tail = Tentative(
                 query[:, :, num_committed:], keys[:, :, num_committed:], values[:, :, num_committed:]
             )
         return out
-
-    def _attend_in_full(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        num_real: list[int],
-        num_tail: int,
-        ahead: Callable[[], None] | None,
-    ) -> Tensor:
-        """Full causal attention of the real tokens over everything stored and themselves; the last `num_tail` are only
-        proposed."""
-        num_queries, past, width = query.shape[2], self.ledger.lengths, keys.shape[-1]
-        if max(past) == 0 and min(num_real) == num_queries:
-            for batch in range(query.shape[0]):
-                self._observe_prompt(batch, query[batch], keys[batch], num_tail)
-            return causal_attention(query, keys, values, self.layout.sm_scale)
-        out = query.new_zeros(*query.shape[:3], values.shape[-1])
-        for batch, (num, length) in enumerate(zip(num_real, past, strict=True)):
-            if num:
-                row, own = slice(batch, batch + 1), slice(num_queries - num, num_queries)
-                row_keys, row_values = keys[row, :, own], values[row, :, own]
-                if length:
-                    # Rows lie in unit order, which the full attention of later tokens does not mind.
-                    rows = self.memory.read(batch, length, num)
-                    rows[:, length:, :width], rows[:, length:, width:] = row_keys[0], row_values[0]
-                    row_keys, row_values = rows[None, ..., :width], rows[None, ..., width:]
-                # What is read next comes while this is attended to.
-                if batch + 1 < len(past):
-                    if past[batch + 1] and num_real[batch + 1]:
-                        self.memory.prefetch(batch + 1, past[batch + 1], num_real[batch + 1])
-                elif ahead is not None:
-                    ahead()
-                alive = None if self._survivors is None else self._survivors.of(batch, length)
-                self._observe_prompt(batch, query[batch, :, own], row_keys[0], num_tail, alive)
-                out[row, :, own] = causal_attention(
-                    query[row, :, own], row_keys, row_values, self.layout.sm_scale, alive
-                )
-        return out
-
-    def _observe_prompt(
-        self, batch: int, query: Tensor, keys: Tensor, num_tail: int, alive: Tensor | None = None
-    ) -> None:
-        """Show trigger and scorer a run of one sequence: query [Hq, T, D], keys [H, L, D]; the last `num_tail` are
-        proposed.
-
-        alive: bool [H, L - T], those of the earlier tokens that are left; None for all.
-        """
-        trigger, scorer, num_keys = self.policy.trigger, self.policy.scorer, keys.shape[1] - num_tail
-        if not (trigger.reads_prompt or scorer.reads_prompt) or query.shape[1] <= num_tail:
-            return
-        if alive is not None:
-            alive = torch.nn.functional.pad(alive, (0, num_keys - alive.shape[-1]), value=True)
-        prompt = PromptInputs(
-            query=query[:, : query.shape[1] - num_tail],
-            keys=keys[:, :num_keys],
-            notes=query.new_zeros(0, keys.shape[0], num_keys, dtype=torch.float32),
-            positions=lambda: self._prompt_positions(batch, num_keys),
-            alive=alive,
-            batch=batch,
-            layout=self.layout,
-            board=self._board,
-        )
-        if trigger.reads_prompt:
-            trigger.observe_prompt(prompt, self._trigger_state)
-        if scorer.reads_prompt:
-            if self._notes is not None:
-                prompt = evolve(prompt, notes=self._notes.of(batch, 0, num_keys))
-            scorer.observe_prompt(prompt, self._scorer_state)
-
-    def _prompt_positions(self, batch: int, num_keys: int) -> Tensor:
-        """int64 [H, num_keys]: the positions of a sequence's rows, of a run that is not stored yet as well."""
-        if self.ledger.lengths[batch]:
-            return self.positions.of(batch, num_keys).to(self.layout.device)
-        return torch.arange(num_keys, device=self.layout.device).expand(self.layout.num_kv_heads, -1)
 
     def _take_in(self, keys: Tensor, values: Tensor, num_real: list[int]) -> None:
         """Store prompt tokens, the last `num_real` of each sequence; those before the window become prompt units."""
@@ -304,7 +162,7 @@ class RetrievalLayer(LayerRuntime):
             self._reserve_units(max(map(ledger.most_closed, range(len(num_real)))))
             length = torch.tensor(ahead, device=self.layout.device)[:, None].expand_as(ledger.num_units)
             while (unit := self.memory.leave(length)) is not None:
-                self._extend_index(unit)
+                self.catalog.extend(unit)
                 if self._survivors is not None:
                     self._survivors.lose(unit, self.memory.attended())
         for batch, num in enumerate(num_real):
@@ -343,31 +201,15 @@ class RetrievalLayer(LayerRuntime):
         num_units = units.sizes.shape[1]
         self._reserve_units(self.ledger.most_closed(batch) + num_units)
         columns = self.ledger.add_prompt_units(batch, start, units)
-        entries = self._summarise(batch, start, rows, units)
-        if self._index is not None:
-            self._index.write(batch, columns, entries)
+        self.catalog.add_block(batch, start, rows, units, columns)
         self.memory.store_block(batch, start, rows)
         self.positions.add_block(batch, start, units.order)
-
-    def _summarise(self, batch: int, start: int, rows: Tensor, units: Units) -> dict[str, Tensor]:
-        """Rows [H, n, D + Dv] lie in the order of units now: what was noted of their tokens moves along, what is kept
-        of rows is made, and what stands for the units is given back; nothing where nothing can be selected."""
-        notes = None
-        if self._notes is not None:
-            self._notes.reorder(batch, start, units.order)
-            notes = self._notes.of(batch, start, start + rows.shape[1])
-        if self._index is None:
-            return {}
-        unit_ids, num_units = units.ids(), units.sizes.shape[1]
-        ordered = rows[..., : self.layout.head_dim], rows[..., self.layout.head_dim :]
-        self._row_index.write(batch, start, *ordered, unit_ids, num_units)
-        return self.policy.scorer.index_noted(*ordered, unit_ids, num_units, notes)
 
     def _block_inputs(self, batch: int, start: int, stop: int) -> BlockInputs:
         return BlockInputs(
             layout=self.layout,
             token_ids=None if self._token_ids is None else self._token_ids.span(batch, start, stop),
-            notes=None if self._notes is None else self._notes.of(batch, start, stop),
+            notes=None if self.catalog.notes is None else self.catalog.notes.of(batch, start, stop),
         )
 
     # ---- decoding ---------------------------------------------------------------------------------------------------
@@ -385,8 +227,8 @@ class RetrievalLayer(LayerRuntime):
         # The host counts the token when the step is over.
         lengths = [length + 1 for length in self.ledger.lengths]
         inputs, decision = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0], lengths)
-        if self._index is not None and self._worth_doing(inputs.due):
-            self._select(self._index, inputs)
+        if self.catalog.index is not None and self._worth_doing(inputs.due):
+            self._select(self.catalog.index, inputs)
         if query.shape[2] > 1:
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.add(self.ledger.counts)
@@ -408,23 +250,21 @@ class RetrievalLayer(LayerRuntime):
     def _estimate(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
         """Attention over what is not attended to otherwise, one virtual entry a unit; None where nothing is
         estimated."""
-        means = self.policy.scorer.means
-        if not self.policy.selector.estimates or self._index is None or means is None:
+        if not self.policy.selector.estimates or self.catalog.index is None:
             return None
         from kvframe_kernels.rest_attention import rest_attention
 
-        units = self._units(self._index)
-        rest = self.memory.unattended(units)
-        if self._estimated is not None:
-            rest = rest.masked_fill(~self._estimated[..., : units.max_units], 0)
-        keys, values = (units.index[name] for name in means)
-        return rest_attention(query, keys, values, rest, self.layout.sm_scale)
+        units = self.catalog.units(self.catalog.index)
+        if units.means is None:
+            return None
+        rest = self.catalog.estimated.limit(self.memory.unattended(units))
+        return rest_attention(query, *units.means, rest, self.layout.sm_scale, arrivals=self._arrivals)
 
     def _observe(self, inputs: StepInputs, lengths: list[int]) -> None:
         """Let the scorer look back at the step."""
         scorer = self.policy.scorer
         if scorer.reads_attention:
-            scorer.observe(inputs, self.memory.weights(inputs.query, inputs.full, lengths), self._scorer_state)
+            scorer.observe(inputs, self.memory.weights(inputs.query, inputs.full, lengths), self._states.scorer)
         self._has_selected = True
         self._let_go()
 
@@ -444,48 +284,37 @@ class RetrievalLayer(LayerRuntime):
 
     def addresses(self) -> list[int]:
         # The memory grows with the rows; states of stages are made anew when all is forgotten.
-        index = [] if self._index is None else self._index.addresses()
-        return [id(self), self.capacity, self._num_forgotten, self.ledger.unit_offsets.data_ptr(), *index]
+        places = (self.ledger.unit_offsets.data_ptr(), *self.catalog.addresses())
+        return [id(self), self.capacity, self._num_forgotten, *places]
 
     def steps_left(self) -> int:
         left = self.capacity - max(self.ledger.lengths)
-        for length, block in zip(self.ledger.lengths, self._blocks, strict=False):
-            left = min(left, block.close_at - length, block.regroup_at(self.ledger.window_size) - length)
-        return left
+        of_block = self._blocks.steps_left(self.ledger.lengths)
+        return left if of_block is None else min(left, of_block)
 
     def _begin_decode(self) -> None:
         if self.ledger.in_prompt:
             # Room for all units that the planned rows can still give, so that nothing is allocated while decoding; and
             # no more than that, now that the prompt's units are counted.
             num_closed, num_left = self.ledger.most_units(self.capacity)
-            more = units_of_regrouping(self.policy, self.capacity - min(self.ledger.open_starts))
+            more = units_of_regrouping(self.policy.units, self.capacity - min(self.ledger.open_starts))
             self.ledger.fit_units(num_closed + more)
-            if self._index is not None:
-                self._index.fit(num_left + more)
-            self._reserve_estimated()
+            self.catalog.fit_units(num_left + more)
             starts = list(self.ledger.open_starts)
             self.ledger.begin_decode()
             self.memory.begin_decode()
-            self._row_index.begin_decode()
-            size = self.policy.units.regroup_size
-            if size is not None:
-                self._blocks = [
-                    OutputBlocks(size, start, length) for start, length in zip(starts, self.ledger.lengths, strict=True)
-                ]
+            self.catalog.begin_decode()
+            self._blocks.begin(starts, self.ledger.lengths)
 
     def _close_blocks(self) -> None:
         """The end of a block is the end of a unit."""
-        for batch, (block, length) in enumerate(zip(self._blocks, self.ledger.lengths, strict=False)):
-            if length == block.close_at:
-                self.ledger.close_open(batch)
-                block.close_at += block.size
+        for batch in self._blocks.closing(self.ledger.lengths):
+            self.ledger.close_open(batch)
 
     def _regroup_blocks(self) -> None:
         """Group generated tokens anew, where a whole block of them has left the window."""
-        for batch, (block, length) in enumerate(zip(self._blocks, self.ledger.lengths, strict=False)):
-            while length >= block.regroup_at(self.ledger.window_size):
-                self._regroup(batch, block.start, block.start + block.size)
-                block.start += block.size
+        for batch, start, stop in self._blocks.complete(self.ledger.lengths):
+            self._regroup(batch, start, stop)
 
     def _regroup(self, batch: int, start: int, stop: int) -> None:
         memory, width = self.memory, self.layout.head_dim
@@ -493,30 +322,13 @@ class RetrievalLayer(LayerRuntime):
         units = self.policy.units.regroup(read[..., :width])
         rows = memory.stage(stop - start)
         write_in_order(read[..., :width], read[..., width:], units.order, rows)
-        first, sources, is_new = self.ledger.regroup(batch, start, stop, units)
-        entries = self._summarise(batch, start, rows, units)
-        if self._index is not None:
-            self._index.regroup(batch, sources, entries, first, is_new)
-        if self._estimated is not None:
-            # An earlier turn may have had room for more units than there is now.
-            own = self._estimated[batch, :, : sources.shape[1]]
-            moved = own.gather(1, sources[:, : own.shape[1]].clamp(max=own.shape[1] - 1))
-            own.copy_(moved | is_new[:, : own.shape[1]])
+        self.catalog.regroup(batch, start, rows, units, self.ledger.regroup(batch, start, stop, units))
         memory.reorder(batch, start, units.order, rows)
         self.positions.add_block(batch, start, units.order)
 
     def _reserve_units(self, num_units: int) -> None:
         self.ledger.reserve_units(num_units)
-        if self._index is not None:
-            self._index.reserve(num_units)
-        self._reserve_estimated()
-
-    def _reserve_estimated(self) -> None:
-        """A flag for every unit there is room for; one that comes is estimated until a selection says otherwise."""
-        if self._estimated is not None and self._estimated.shape[-1] <= self.ledger.max_units:
-            missing = self.ledger.max_units + 1 - self._estimated.shape[-1]
-            more = self._estimated.new_ones(*self._estimated.shape[:2], missing)
-            self._estimated = torch.cat([self._estimated, more], -1)
+        self.catalog.reserve_units(num_units)
 
     def _append(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> tuple[StepInputs, Decision]:
         """Trigger, ledger and memory for one token of every sequence, the last of `lengths`; says who selects, and with
@@ -527,60 +339,24 @@ class RetrievalLayer(LayerRuntime):
             key=keys,
             num_tokens=self.ledger.counts[LENGTH],
             alive=None if self._survivors is None else self._survivors.alive,
-            notes=None if self._notes is None else self._notes.tensor,
+            notes=None if self.catalog.notes is None else self.catalog.notes.tensor,
             token_ids=None if self._token_ids is None else self._token_ids.at([length - 1 for length in lengths]),
             row_bytes=self._row_bytes,
             board=self._board,
         )
-        decision = self.policy.trigger.step(inputs, self._trigger_state)
-        cut = self.policy.units.boundary(inputs, decision, self._units_state)
+        decision = self.policy.trigger.step(inputs, self._states.trigger)
+        cut = self.policy.units.boundary(inputs, decision, self._states.units)
         unit = self.memory.append(keys, values, cut, None if self._on_cpu else self._finite)
         if self._worth_doing(unit.leaves):
-            self._extend_index(unit)
+            self.catalog.extend(unit)
         due = decision.due
-        probe = self.policy.scorer.probe(inputs, self._scorer_state)
+        probe = self.policy.scorer.probe(inputs, self._states.scorer)
         if self._ahead is not None:
-            probe, due = self._look_ahead(self._ahead, probe, decision)
-        return evolve(inputs, query=probe, due=due, full=decision.full, state=self._scorer_state), decision
-
-    def _look_ahead(self, before: Ahead, probe: Tensor, decision: Decision) -> tuple[Tensor, Tensor]:
-        """Heads that are not due select with the query of the step before, where that asked for it; the queries and
-        heads of this step's selection, [B, Hq, D] and bool [B, H]."""
-        now = decision.due.repeat_interleave(self.layout.group_size, 1)[..., None]
-        query, due = torch.where(now, probe, before.query), decision.due | before.due
-        before.query.copy_(probe)
-        if decision.ahead is None:
-            before.due.zero_()
-        else:
-            before.due.copy_(decision.ahead)
-        return query, due
-
-    def _extend_index(self, unit: LeavingUnits) -> None:
-        self._row_index.extend(unit)
-        if self._index is not None:
-            if self._notes is not None:
-                unit = evolve(unit, notes=self._notes.tensor)
-            self.policy.scorer.extend(self._index.tensors, unit)
-        if self._estimated is not None:
-            # A unit that has just left is estimated until a selection says otherwise.
-            column = unit.column.clamp(max=self._estimated.shape[-1] - 1)[..., None]
-            before = self._estimated.gather(-1, column)
-            self._estimated.scatter_(-1, column, before | unit.leaves[..., None])
-
-    def _units(self, index: UnitIndex) -> UnitTable:
-        """The units that can be selected."""
-        max_units = max(1, min(self.ledger.visible_units(), index.max_units))
-        return UnitTable(
-            offsets=self.ledger.unit_offsets,
-            num_units=self.ledger.num_units,
-            max_units=max_units,
-            index=index.view(max_units),
-            row_index=self._row_index.tensors,
-            channels=self._row_index.channels,
-        )
+            probe, due = self._ahead.exchange(probe, decision)
+        return evolve(inputs, query=probe, due=due, full=decision.full, state=self._states.scorer), decision
 
     def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
-        policy, units = self.policy, self._units(index)
+        policy, units = self.policy, self.catalog.units(index)
         scores = policy.scorer.score(inputs, units.index, units)
         if self._survivors is not None:
             gone = ~self._survivors.units(units.offsets, units.max_units)
@@ -591,16 +367,8 @@ class RetrievalLayer(LayerRuntime):
             rows, count = self._survivors.among(only_due(rows, count, inputs.due)[0])
         assert inputs.due is not None
         if selection.estimated is not None:
-            self._set_estimated(selection.estimated, inputs.due)
+            self.catalog.estimated.choose(selection.estimated, inputs.due, self.ledger.max_units)
         self.memory.recall(rows, count, inputs.due, self.stats.tallies)
-
-    def _set_estimated(self, estimated: Tensor, due: Tensor) -> None:
-        """Units [B, H, U] that are estimated from now on, where a selection was due."""
-        if self._estimated is None:
-            shape = (*due.shape, self.ledger.max_units + 1)
-            self._estimated = torch.ones(shape, dtype=torch.bool, device=due.device)
-        own = self._estimated[..., : estimated.shape[-1]]
-        own.copy_(torch.where(due[..., None], estimated, own))
 
     def _worth_doing(self, mask: Tensor | None) -> bool:
         """Whether a mask is set anywhere, where the host may look for free; elsewhere the work is predicated by the
@@ -644,15 +412,15 @@ class RetrievalLayer(LayerRuntime):
         for batch, (old, new) in enumerate(zip(self.ledger.lengths, lengths, strict=True)):
             rows = self.memory.read(batch, old)
             place = self.positions.of(batch, old).argsort(-1)[:, :new].to(rows.device)
-            if self._notes is not None:
-                notes = self._notes.of(batch, 0, old)
+            if self.catalog.notes is not None:
+                notes = self.catalog.notes.of(batch, 0, old)
                 noted.append(notes.gather(-1, place.expand(notes.shape[0], -1, -1)))
             rows = rows.gather(1, place[..., None].expand(-1, -1, rows.shape[-1]))
             keys[batch, :, longest - new :], values[batch, :, longest - new :] = rows[..., :width], rows[..., width:]
         self._forget()
         for batch, notes in enumerate(noted):
-            assert self._notes is not None
-            self._notes.of(batch, 0, notes.shape[-1]).copy_(notes)
+            assert self.catalog.notes is not None
+            self.catalog.notes.of(batch, 0, notes.shape[-1]).copy_(notes)
         self._take_in(keys, values, lengths)
 
     # ---- the whole --------------------------------------------------------------------------------------------------
@@ -671,20 +439,13 @@ class RetrievalLayer(LayerRuntime):
         self.ledger.reset()
         self.memory.reset()
         self.positions.forget()
-        for kept in (self._row_index, self._notes, self._survivors):
+        self.catalog.forget()
+        self._blocks.forget()
+        for kept in (self._survivors, self._ahead):
             if kept is not None:
                 kept.forget()
-        if self._ahead is not None:
-            self._ahead.due.zero_()
-        self._estimated = self._full = None
-        self._blocks = []
-        self._init_stages()
-
-    def _init_stages(self) -> None:
-        policy = self.policy
-        self._trigger_state: Any = policy.trigger.init(self.layout)
-        self._units_state: Any = policy.units.init(self.layout)
-        self._scorer_state: Any = policy.scorer.init(self.layout)
+        self._full = None
+        self._states = StageStates.init(self.policy, self.layout)
 
     def attended_positions(self, batch: int, head: int) -> Tensor:
         if self._full is not None and bool(self._full[batch, head]):
@@ -713,8 +474,8 @@ class RetrievalLayer(LayerRuntime):
         return self.memory.host_bytes()
 
     def index_bytes(self) -> int:
-        parts = (self.ledger, self._index, self._row_index, self._notes, self._survivors)
-        return self.memory.index_bytes() + sum(part.nbytes() for part in parts if part is not None)
+        survivors = 0 if self._survivors is None else self._survivors.nbytes()
+        return self.memory.index_bytes() + self.ledger.nbytes() + self.catalog.nbytes() + survivors
 
 
 def host_bytes_needed(layout: LayerLayout, policy: Policy, num_rows: int) -> int:
