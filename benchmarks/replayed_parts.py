@@ -11,7 +11,7 @@ full attention gives, over the latter: mean over the layers, heads and steps of 
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 
 import kvframe
 from kvframe.calibrated_trigger import find_thresholds, record_layer
+from kvframe.errors import ConfigError
 from kvframe.eval.figures import size
 from kvframe.eval.replaying import Replay, Replayed
 from kvframe.eval.trace import Trace, load_trace
@@ -33,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "heads apart": {"heads": "kv-head"},
     "age": {"max_age": 32},
     "anchor": {"anchor": 0.0},
-    "hysteresis": {"hysteresis": 0.1},
+    "hysteresis": {"hysteresis": 0.02},
     "ahead": {"ahead": True},
 }
 """What each option is set to; "tau per layer" is a matter of how thresholds are found."""
@@ -64,9 +65,9 @@ def selections(token_budget: int) -> dict[str, kvframe.Policy]:
     return {name: policy.swap(trigger=kvframe.EveryStep()) for name, policy in variants.items()}
 
 
-def triggers(trace: Trace, token_budget: int, rate: float) -> Iterator[tuple[str, kvframe.Policy]]:
-    """Policies by what they are called, all of them firing at one rate."""
-    sizes = {"token_budget": token_budget, **SIZES}
+def triggers() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By what they are called: policies, and the options of their triggers."""
+    found = {}
     for base, names in (
         ("louiskv", ("as published", *EVERYTHING)),
         ("louiskv-plus", ("as published", "all", *EVERYTHING)),
@@ -77,7 +78,8 @@ def triggers(trace: Trace, token_budget: int, rate: float) -> Iterator[tuple[str
             if name in OPTIONS:
                 on = (name,) if base == "louiskv" else tuple(other for other in EVERYTHING if other != name)
                 label = f"{name} alone" if base == "louiskv" else f"all but {name}"
-            yield f"{base}, {label}", kvframe.policy(base, **sizes).swap(trigger=fitted(trace, on, rate))
+            found[f"{base}, {label}"] = base, on
+    return found
 
 
 def fitted(trace: Trace, on: tuple[str, ...], rate: float) -> Any:
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512, help="tokens that are retrieved")
     parser.add_argument("--rate", type=float, default=0.1, help="share of steps at which triggers shall fire")
     parser.add_argument("--tables", default="selection,trigger", help="which tables, separated by commas")
+    parser.add_argument("--only", metavar="NAME;NAME", help="rows to make, by their names")
     parser.add_argument("--markdown", type=Path, help="append the lines of the tables there, each when it exists")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -136,17 +139,27 @@ def main() -> None:
             with arguments.markdown.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    wanted = None if arguments.only is None else arguments.only.split(";")
+    sizes = {"token_budget": arguments.budget, **SIZES}
     for table in arguments.tables.split(","):
         show(f"\n| {table} | error | attention held | selects | rows a layer, all steps | bytes a step |")
         show("| --- | ---: | ---: | ---: | ---: | ---: |")
-        if table == "selection":
-            for name, policy in selections(arguments.budget).items():
-                show(row(name, [replay.run(policy) for replay in replays]))
-        else:
-            own = [triggers(trace, arguments.budget, arguments.rate) for trace in traces]
-            for variants in zip(*own, strict=True):
-                runs = [replay.run(policy) for replay, (_, policy) in zip(replays, variants, strict=True)]
-                show(row(variants[0][0], runs))
+        every_step, own = selections(arguments.budget), triggers()
+        for name in every_step if table == "selection" else own:
+            if wanted is not None and name not in wanted:
+                continue
+            try:
+                runs = []
+                for trace, replay in zip(traces, replays, strict=True):
+                    if table == "selection":
+                        policy = every_step[name]
+                    else:
+                        base, on = own[name]
+                        policy = kvframe.policy(base, **sizes).swap(trigger=fitted(trace, on, arguments.rate))
+                    runs.append(replay.run(policy))
+                show(row(name, runs))
+            except ConfigError as error:
+                show(f"| {name} | {error} |")
 
 
 if __name__ == "__main__":
