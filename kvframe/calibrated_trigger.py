@@ -24,7 +24,7 @@ _FAR_OFF = 0.1
 
 
 @frozen(kw_only=True, eq=False)
-class _Layer:
+class RecordedLayer:
     """What one layer's trigger sees of all texts."""
 
     layout: LayerLayout
@@ -55,6 +55,54 @@ class _Layer:
         return fired / max(1, num_seen)
 
 
+def record_layer(
+    queries: Sequence[Tensor], layout: LayerLayout, trigger: Trigger, retrieval_rate: float
+) -> RecordedLayer:
+    """What a trigger of this kind sees of one layer's queries, [n, Hq, T, D] each, and compares.
+
+    Raises ConfigError where the trigger cannot run in this layer.
+    """
+    trigger.init(layout)
+    before = getattr(trigger, "rope", "after") == "before"
+    adjacent = _similarities(queries, 1, trigger, layout, before=before)
+    distant = torch.empty(0)
+    if getattr(trigger, "anchor", None) is not None:
+        distant = _similarities(queries, max(1, round(1 / retrieval_rate)), trigger, layout, before=True)
+    return RecordedLayer(layout=layout, queries=list(queries), adjacent=adjacent, distant=distant)
+
+
+def find_thresholds(
+    trigger: Trigger,
+    layers: Mapping[int, RecordedLayer],
+    retrieval_rate: float,
+    per: Literal["layer", "model"],
+    dense_layers: Collection[int] = (),
+) -> dict[int, tuple[dict[str, float], float]]:
+    """For every layer the thresholds at which all of a trigger fires at the rate, and the rate that they give.
+
+    What is searched for is one share p: `tau` is the similarity of neighbouring queries below which a share p of them
+    lies, and `anchor`, where the trigger has one, that of queries as far apart as selections shall be. So each alone
+    would fire about equally often, and together they fire at the wanted rate.
+
+    Raises ConfigError for a rate that no threshold gives, and for one tau for the model where all layers are dense.
+    """
+    if per == "layer":
+        found = {
+            layer_idx: _search(trigger, {layer_idx: layer}, layer, retrieval_rate)
+            for layer_idx, layer in layers.items()
+        }
+    else:
+        counted = {layer_idx: layer for layer_idx, layer in layers.items() if layer_idx not in dense_layers}
+        if not counted:
+            raise ConfigError(
+                f"dense_layers names every layer with a full KV cache ({', '.join(map(str, layers))}); leave out those "
+                "that the policy does not keep dense"
+            )
+        found = dict.fromkeys(layers, _search(trigger, counted, _together(list(counted.values())), retrieval_rate))
+    set_to: Any = evolve
+    return {idx: (own, layers[idx].rate(set_to(trigger, **own))) for idx, own in found.items()}
+
+
 def calibrate_trigger(
     model: "PreTrainedModel",
     chunks: Sequence[Tensor],
@@ -66,34 +114,13 @@ def calibrate_trigger(
 ) -> Calibration:
     """`kvframe.calibrate` for a trigger that is given.
 
-    What is searched for is one share p: `tau` is the similarity of neighbouring queries below which a share p of them
-    lies, and `anchor`, where the trigger has one, that of queries as far apart as selections shall be. So each alone
-    would fire about equally often, and together they fire at the wanted rate.
-
-    Raises ConfigError for a trigger without `tau`, and for a rate that no threshold gives it.
+    Raises ConfigError for a trigger without `tau`, and what `find_thresholds` raises.
     """
     names = {field.name for field in attrs.fields(type(trigger))}  # type: ignore[arg-type]  # a stage is an attrs class
     if "tau" not in names:
         raise ConfigError(f"{trigger!r} has no tau to be calibrated; calibrate a trigger such as LouisKV's")
-    layers = _record(model, chunks, trigger, max(1, round(1 / retrieval_rate)), progress)
-    counted = {layer_idx: layer for layer_idx, layer in layers.items() if layer_idx not in dense_layers}
-    found: dict[int, tuple[dict[str, float], float]] = {}
-    if per == "model":
-        if not counted:
-            raise ConfigError(
-                f"dense_layers names every layer with a full KV cache ({', '.join(map(str, layers))}); leave out those "
-                "that the policy does not keep dense"
-            )
-        shared = _together(list(counted.values()))
-        thresholds = _search(trigger, counted, shared, retrieval_rate)
-        found = {
-            layer_idx: (thresholds, layer.rate(evolve(trigger, **thresholds)))  # type: ignore[misc]
-            for layer_idx, layer in layers.items()
-        }
-    else:
-        for layer_idx, layer in layers.items():
-            thresholds = _search(trigger, {layer_idx: layer}, layer, retrieval_rate)
-            found[layer_idx] = thresholds, layer.rate(evolve(trigger, **thresholds))  # type: ignore[misc]
+    layers = _record(model, chunks, trigger, retrieval_rate, progress)
+    found = find_thresholds(trigger, layers, retrieval_rate, per, dense_layers)
     first, _ = next(iter(found.values()))
     num_layers = next(iter(layers.values())).layout.num_layers
 
@@ -112,7 +139,9 @@ def calibrate_trigger(
     )
 
 
-def _search(trigger: Trigger, layers: Mapping[int, _Layer], shared: _Layer, wanted: float) -> dict[str, float]:
+def _search(
+    trigger: Trigger, layers: Mapping[int, RecordedLayer], shared: RecordedLayer, wanted: float
+) -> dict[str, float]:
     """Thresholds at which a trigger fires at a rate, the mean over layers."""
 
     def rate(share: float) -> float:
@@ -139,15 +168,19 @@ def _search(trigger: Trigger, layers: Mapping[int, _Layer], shared: _Layer, want
     return shared.thresholds(best)
 
 
-def _together(layers: Sequence[_Layer]) -> _Layer:
+def _together(layers: Sequence[RecordedLayer]) -> RecordedLayer:
     """For the quantiles of all of them."""
     adjacent, distant = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("adjacent", "distant"))
     return evolve(layers[0], adjacent=adjacent, distant=distant)
 
 
 def _record(
-    model: "PreTrainedModel", chunks: Sequence[Tensor], trigger: Trigger, distance: int, progress: Progress | None
-) -> dict[int, _Layer]:
+    model: "PreTrainedModel",
+    chunks: Sequence[Tensor],
+    trigger: Trigger,
+    retrieval_rate: float,
+    progress: Progress | None,
+) -> dict[int, RecordedLayer]:
     """What the layers with a full KV cache see of all texts, by their number."""
     from kvframe.hf.queries import observe_queries
     from kvframe.hf.rope import relative_rotation
@@ -174,19 +207,8 @@ def _record(
     found = {}
     for layer_idx, by_length in recorded.items():
         queries = [torch.cat(texts) for texts in by_length.values()]
-        layout = evolve(
-            shape.layout(1, layer_idx), num_qo_heads=queries[0].shape[1], device=queries[0].device, rotate=rotate
-        )
-        trigger.init(layout)  # what cannot be served is said before anything is compared
-        before = getattr(trigger, "rope", "after") == "before"
-        found[layer_idx] = _Layer(
-            layout=layout,
-            queries=queries,
-            adjacent=_similarities(queries, 1, trigger, layout, before=before),
-            distant=_similarities(queries, distance, trigger, layout, before=True)
-            if getattr(trigger, "anchor", None) is not None
-            else torch.empty(0),
-        )
+        layout = evolve(shape.layout(1, layer_idx), num_qo_heads=queries[0].shape[1], device=queries[0].device)
+        found[layer_idx] = record_layer(queries, evolve(layout, rotate=rotate), trigger, retrieval_rate)
     return found
 
 

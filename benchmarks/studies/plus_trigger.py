@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "heads apart": {"heads": "kv-head"},
     "age": {"max_age": 32},
     "anchor": {"anchor": 0.0},
-    "hysteresis": {"hysteresis": 0.1},
+    "hysteresis": {"hysteresis": 0.02},
     "ahead": {"ahead": True},
 }
 VARIANTS = {

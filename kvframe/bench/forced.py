@@ -130,11 +130,17 @@ class ForcedSelector(Selector):
     def needs_means(self) -> bool:
         return self.inner.needs_means
 
-    def row_index(self, keys: Tensor, values: Tensor, centres: Tensor) -> dict[str, Tensor]:
-        return self.inner.row_index(keys, values, centres)
+    @property
+    def scales_channels(self) -> bool:
+        return self.inner.scales_channels
 
-    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits) -> None:
-        self.inner.extend(row_index, unit)
+    def row_index(
+        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return self.inner.row_index(keys, values, centres, channels)
+
+    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
+        self.inner.extend(row_index, unit, channels)
 
     @property
     def _reranking(self) -> SketchRerank | None:
