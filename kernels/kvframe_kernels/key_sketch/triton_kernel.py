@@ -23,7 +23,7 @@ def _sketch_products_kernel(
     mean_batch, mean_head, mean_unit, offsets_head,
     capacity, num_tiles, num_kv_heads, max_units, num_steps,
     GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BITS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, USE_DOT: tl.constexpr,
 ):  # fmt: skip
     # Grid: KV heads of all sequences, tiles of candidates.
     kv_head = tl.program_id(0).to(tl.int64)
@@ -66,26 +66,44 @@ def _sketch_products_kernel(
         place = batch * mean_batch + head * mean_head + low.to(tl.int64) * mean_unit
         means = tl.load(mean_keys + place[:, None] + columns[None, :], mask=inside, other=0.0)
 
-    for block in tl.static_range(0, GROUP_SIZE, HEADS):
-        members = block + tl.arange(0, HEADS)
-        is_member = members < GROUP_SIZE
-        place = batch * query_batch + (head * GROUP_SIZE + members)[:, None] * query_head + columns[None, :]
-        q = tl.load(query + place, mask=is_member[:, None] & (columns < WIDTH)[None, :], other=0.0)
-        scaled = q
+    if USE_DOT:
+        for block in tl.static_range(0, GROUP_SIZE, HEADS):
+            members = block + tl.arange(0, HEADS)
+            is_member = members < GROUP_SIZE
+            place = batch * query_batch + (head * GROUP_SIZE + members)[:, None] * query_head + columns[None, :]
+            q = tl.load(query + place, mask=is_member[:, None] & (columns < WIDTH)[None, :], other=0.0)
+            scaled = q
+            if channels is not None:
+                # What keys were divided by, their queries are multiplied with.
+                scaled = (q.to(tl.float32) * sizes[None, :]).to(q.dtype)
+            scores = tl.dot(scaled, tl.trans(levels)) * steps[None, :]
+            if mean_keys is not None:
+                scores += tl.dot(q, tl.trans(means))
+            scores = scores * sm_scale
+            line = kv_head * GROUP_SIZE + members
+            known = is_member[:, None] & exists[None, :]
+            tl.store(products + line[:, None] * capacity + places[None, :], scores, mask=known)
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+            top = tl.max(scores, 1)
+            tl.store(tops + line * num_tiles + tile, top, mask=is_member)
+            tl.store(sums + line * num_tiles + tile, tl.sum(tl.exp(scores - top[:, None]), 1), mask=is_member)
+    else:
+        # In float32 there is no tensor core, and rows that pad a group would cost what query heads cost.
+        keys = levels * steps[:, None]
         if channels is not None:
-            # What keys were divided by, their queries are multiplied with.
-            scaled = (q.to(tl.float32) * sizes[None, :]).to(q.dtype)
-        scores = tl.dot(scaled, tl.trans(levels), input_precision="ieee") * steps[None, :]
+            keys = keys * sizes[None, :]
         if mean_keys is not None:
-            scores += tl.dot(q, tl.trans(means), input_precision="ieee")
-        scores = scores * sm_scale
-        line = kv_head * GROUP_SIZE + members
-        known = is_member[:, None] & exists[None, :]
-        tl.store(products + line[:, None] * capacity + places[None, :], scores, mask=known)
-        scores = tl.where(exists[None, :], scores, float("-inf"))
-        top = tl.max(scores, 1)
-        tl.store(tops + line * num_tiles + tile, top, mask=is_member)
-        tl.store(sums + line * num_tiles + tile, tl.sum(tl.exp(scores - top[:, None]), 1), mask=is_member)
+            keys = keys + means
+        for member in range(GROUP_SIZE):
+            of_query = batch * query_batch + (head * GROUP_SIZE + member) * query_head + columns
+            one = tl.load(query + of_query, mask=columns < WIDTH, other=0.0)
+            row_scores = tl.sum(keys * one[None, :], 1) * sm_scale
+            number = kv_head * GROUP_SIZE + member
+            tl.store(products + number * capacity + places, row_scores, mask=exists)
+            row_scores = tl.where(exists, row_scores, float("-inf"))
+            highest = tl.max(row_scores, 0)
+            tl.store(tops + number * num_tiles + tile, highest)
+            tl.store(sums + number * num_tiles + tile, tl.sum(tl.exp(row_scores - highest), 0))
 
 
 def sketch_scores_triton(
@@ -113,7 +131,11 @@ def sketch_scores_triton(
     if centres is not None:
         means, offsets, num_units = centres.mean_keys, centres.unit_offsets.contiguous(), centres.num_units.contiguous()
         max_units, mean_strides, offsets_head = means.shape[2], means.stride()[:3], offsets.shape[-1]
-    num_tiles = triton.cdiv(capacity, _TILE)
+    width_pad = triton.next_power_of_2(width)
+    use_dot = query.dtype != torch.float32
+    # Without tensor cores keys are in registers, 32 KiB of a program.
+    tile = _TILE if use_dot else min(_TILE, 8192 // width_pad)
+    num_tiles = triton.cdiv(capacity, tile)
     products = query.new_empty(num_heads * group_size, capacity, dtype=torch.float32)
     tops, sums = query.new_empty(2, num_heads * group_size, num_tiles, dtype=torch.float32).unbind()
     _sketch_products_kernel[(num_heads, num_tiles)](
@@ -121,11 +143,11 @@ def sketch_scores_triton(
         tops, sums, float(sm_scale),
         query.stride(0), query.stride(1), *codes.stride()[:3], *step.stride()[:3], *mean_strides, offsets_head,
         capacity, num_tiles, num_kv_heads, max_units, max_units.bit_length(),
-        GROUP_SIZE=group_size, HEADS=16, WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), BITS=bits, TILE=_TILE,
+        GROUP_SIZE=group_size, HEADS=16, WIDTH=width, WIDTH_PAD=width_pad, BITS=bits, TILE=tile, USE_DOT=use_dot,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     out = query.new_empty(rows.shape, dtype=torch.float32)
-    return reduce_products(products, count, due, tops, sums, out, tile=_TILE, mean=True)
+    return reduce_products(products, count, due, tops, sums, out, tile=tile, mean=True)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
