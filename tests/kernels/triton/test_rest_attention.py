@@ -180,7 +180,7 @@ def test_in_a_graph(device: torch.device) -> None:
         out, lse = attend()
     for units in (4096, 1, 0, 777):
         num_units.fill_(units)
-        rows.copy_(torch.randint(-1, 65_536, rows.shape).sort(-1).values.unique_consecutive(dim=-1)[..., :300])
+        rows.copy_(torch.rand(2, 4, 65_536).argsort(-1)[..., :300])
         query.normal_()
         graph.replay()
         expected, expected_lse = attend()
