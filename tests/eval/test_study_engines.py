@@ -295,7 +295,11 @@ def test_a_node_that_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.
 
     seeds = 8
     file = write_study(tmp_path, model, seeds=seeds)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    # A dead node refuses connections at once, so that ten refusals make two seconds; a busy one has its usual time to
+    # answer, ten times in a row.
+    checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 10}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": checks}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     doomed = cluster.add_node(num_cpus=1)
     # Whoever runs a cell is a child of the node's own process.
     parent = str(doomed.all_processes["raylet"][0].process.pid)
