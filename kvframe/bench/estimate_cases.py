@@ -67,6 +67,7 @@ def _sketch_scores(sizes: KernelSizes) -> list[Case]:
     offsets = sizes.unit_size * torch.arange(sizes.num_units + 2, dtype=torch.int32, device=device)
     num_units = torch.full(heads, sizes.num_units, dtype=torch.int64, device=device)
     centres = Centres(means, offsets.expand(*heads, -1).contiguous(), num_units)
+    channels = 1 + torch.rand(*heads, sizes.head_dim, device=device)
     query = sizes.random(1, sizes.num_qo_heads, sizes.head_dim)
     drawn, count = _candidates(sizes)
     # Of a candidate its row, its sketch and its score; and the mean key of every unit.
@@ -79,7 +80,15 @@ def _sketch_scores(sizes: KernelSizes) -> list[Case]:
         def call(_: int) -> Call:
             rows = _candidates(sizes)[0]
             return lambda: sketch_scores(
-                query, rows, count, sketch, sizes.sketch_bits, sizes.head_dim**-0.5, centres=centres, due=flags
+                query,
+                rows,
+                count,
+                sketch,
+                sizes.sketch_bits,
+                sizes.head_dim**-0.5,
+                channels=channels,
+                centres=centres,
+                due=flags,
             )
 
         return each(call, sizes.copies(num_bytes))
@@ -111,6 +120,7 @@ def _window_sketch(sizes: KernelSizes) -> list[Case]:
         torch.zeros(*sizes.heads, num_rows, code_bytes, dtype=torch.uint8, device=sizes.device),
         torch.zeros(*sizes.heads, num_rows, 1, dtype=sizes.dtype, device=sizes.device),
     )
+    channels = 1 + torch.rand(*sizes.heads, sizes.head_dim, device=sizes.device)
     size = torch.full(sizes.heads, segment, dtype=torch.int64, device=sizes.device)
     row_bytes = sizes.head_dim * sizes.dtype.itemsize + code_bytes + sizes.dtype.itemsize
 
@@ -121,7 +131,7 @@ def _window_sketch(sizes: KernelSizes) -> list[Case]:
             buffer = sizes.random(*sizes.heads, ring_size, sizes.head_dim)
             start = torch.full_like(size, number * segment)
             return lambda: window_sketch(
-                sketch, sizes.sketch_bits, flags, start, size, buffer, 0, ring_size, centred=True
+                sketch, sizes.sketch_bits, flags, start, size, buffer, 0, ring_size, centred=True, channels=channels
             )
 
         return each(call, min(32, sizes.copies(sizes.num_kv_heads * ring_size * row_bytes)))
