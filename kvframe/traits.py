@@ -33,7 +33,7 @@ class Traits:
     reads: tuple[Reads, ...]
     """What its stages have to be told besides queries, keys and values."""
     calibrated: tuple[str, ...]
-    """Options of its stages whose values have to fit the model."""
+    """Options of its stages that are in use, and whose values have to fit the model."""
     capturable: bool
     """Whether each of its stages can be part of a CUDA graph."""
 
@@ -56,7 +56,11 @@ def traits_of(policy: Policy) -> Traits:
         moves="nothing" if is_dense else _moves(policy),
         estimates=policy.selector.estimates,
         reads=tuple(what for what, asked in reads.items() if asked),
-        calibrated=tuple(dict.fromkeys(option for stage in every for option in stage.calibrated)),
+        calibrated=tuple(
+            dict.fromkeys(
+                option for stage in every for option in stage.calibrated if getattr(stage, option) is not None
+            )
+        ),
         capturable=all(stage.capturable for stage in every),
     )
 
