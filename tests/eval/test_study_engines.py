@@ -202,7 +202,10 @@ def seeds_of(file: StudyFile, outcomes: dict[str, Outcome]) -> set[int]:
 def start(folder: Path) -> "subprocess.Popen[str]":
     """`kvframe ablate` in a process of its own, with two workers, slow cells and one that kills its worker; the last
     cells never end, so that it is at work whenever it is killed."""
-    command = [sys.executable, "-c", "from kvframe.cli import main; main()", "ablate", str(folder / "study.py")]
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and their children with them.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{heed}; from kvframe.cli import main; main()"
+    command = [sys.executable, "-c", script, "ablate", str(folder / "study.py")]
     return subprocess.Popen(
         [*command, "--results", str(folder / "results.sqlite"), "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
