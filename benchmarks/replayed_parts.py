@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import attrs
 import torch
+from studies.trigger_options import OPTIONS
 
 import kvframe
 from kvframe.calibrated_trigger import find_thresholds, record_layer
@@ -29,15 +30,6 @@ SIZES: dict[str, Any] = {"sink_size": 32, "window_size": 128, "dense_layers": ()
 CHUNK, NUM_CHUNKS = 256, 8
 """Of the prompt, a trigger is run over so many pieces of so many tokens."""
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "tau per layer": {},
-    "heads apart": {"heads": "kv-head"},
-    "age": {"max_age": 32},
-    "anchor": {"anchor": 0.0},
-    "hysteresis": {"hysteresis": 0.02},
-    "ahead": {"ahead": True},
-}
-"""What each option is set to; "tau per layer" is a matter of how thresholds are found."""
 EVERYTHING = tuple(OPTIONS)
 
 

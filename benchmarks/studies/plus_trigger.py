@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 from plus_parts import SIZES, budgets, model, study
+from trigger_options import OPTIONS
 
 import kvframe
 import kvframe.eval
@@ -23,15 +24,6 @@ from kvframe.calibration import Calibration
 RATE = 0.1
 FILE = Path(__file__).parent / "tau" / f"{Path(model).name}-plus.json"
 
-# What each option is set to, of the trigger; "per layer" is a matter of its calibration.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "tau per layer": {},
-    "heads apart": {"heads": "kv-head"},
-    "age": {"max_age": 32},
-    "anchor": {"anchor": 0.0},
-    "hysteresis": {"hysteresis": 0.02},
-    "ahead": {"ahead": True},
-}
 VARIANTS = {
     "as published": (),
     **{f"{name} alone": (name,) for name in OPTIONS},
