@@ -8,7 +8,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from kvframe.calibration import Calibration, Progress, threshold
+from kvframe.calibration import Calibration, Progress, check_some_layer_retrieves, read_queries, threshold
 from kvframe.errors import ConfigError
 from kvframe.stages import Trigger
 from kvframe.types import LayerLayout, StepInputs
@@ -92,12 +92,8 @@ def find_thresholds(
             for layer_idx, layer in layers.items()
         }
     else:
+        check_some_layer_retrieves(layers, dense_layers)
         counted = {layer_idx: layer for layer_idx, layer in layers.items() if layer_idx not in dense_layers}
-        if not counted:
-            raise ConfigError(
-                f"dense_layers names every layer with a full KV cache ({', '.join(map(str, layers))}); leave out those "
-                "that the policy does not keep dense"
-            )
         found = dict.fromkeys(layers, _search(trigger, counted, _together(list(counted.values())), retrieval_rate))
     set_to: Any = evolve
     return {idx: (own, layers[idx].rate(set_to(trigger, **own))) for idx, own in found.items()}
@@ -182,28 +178,18 @@ def _record(
     progress: Progress | None,
 ) -> dict[int, RecordedLayer]:
     """What the layers with a full KV cache see of all texts, by their number."""
-    from kvframe.hf.queries import observe_queries
     from kvframe.hf.rope import relative_rotation
     from kvframe.hf.shape import model_shape
     from kvframe.hf.support import decoder_of
 
-    decoder = decoder_of(model)
     shape = model_shape(model.config, model.dtype)
-    rotate = relative_rotation(decoder)
+    rotate = relative_rotation(decoder_of(model))
     recorded: dict[int, dict[int, list[Tensor]]] = {layer_idx: {} for layer_idx in shape.retrieval_layers}
-    done, total = 0, len(recorded) * sum(chunk.shape[1] for chunk in chunks)
 
     def take(layer_idx: int, query: Tensor) -> None:
-        nonlocal done
-        if layer_idx in recorded:
-            recorded[layer_idx].setdefault(query.shape[2], []).append(query)
-            done += query.shape[2]
-            if progress is not None:
-                progress(done, total)
+        recorded[layer_idx].setdefault(query.shape[2], []).append(query)
 
-    with torch.no_grad(), observe_queries(model, take):
-        for chunk in chunks:
-            decoder(input_ids=chunk.to(model.device), use_cache=False)
+    read_queries(model, chunks, recorded, take, progress)
     found = {}
     for layer_idx, by_length in recorded.items():
         queries = [torch.cat(texts) for texts in by_length.values()]

@@ -132,11 +132,8 @@ def calibrate(
         return calibrate_trigger(model, chunks, trigger, retrieval_rate, per, dense_layers, progress)
     samples = _observe(model, _chunks(input_ids_list, chunk_size), rope, progress)
     counted = [r for layer, r in samples.items() if layer not in dense_layers]
-    if per == "model" and not counted:
-        raise ConfigError(
-            f"dense_layers names every layer with a full KV cache ({', '.join(map(str, samples))}); leave out those "
-            "that the policy does not keep dense"
-        )
+    if per == "model":
+        check_some_layer_retrieves(samples, dense_layers)
     shared = threshold(torch.cat(counted), retrieval_rate) if per == "model" else None
     layers = range(_num_layers(model))
     taus = {layer: threshold(r, retrieval_rate) if shared is None else shared for layer, r in samples.items()}
@@ -190,12 +187,10 @@ def _num_layers(model: "PreTrainedModel") -> int:
 
 def _observe(model: "PreTrainedModel", chunks: list[Tensor], rope: str, progress: Progress | None) -> dict[int, Tensor]:
     """r [n] of every layer with a full KV cache, over all adjacent tokens of all chunks."""
-    from kvframe.hf.queries import observe_queries
     from kvframe.hf.rope import relative_rotation
     from kvframe.hf.support import decoder_config, decoder_of, is_retrieval_layer, stock_layers
 
-    decoder = decoder_of(model)
-    rotate = relative_rotation(decoder) if rope == "before" else None
+    rotate = relative_rotation(decoder_of(model)) if rope == "before" else None
     if rope == "before" and rotate is None:
         raise ConfigError(
             "rope='before' needs a model whose rotary embedding kvframe can undo, and this one's it cannot; use "
@@ -203,20 +198,50 @@ def _observe(model: "PreTrainedModel", chunks: list[Tensor], rope: str, progress
         )
     layers = [i for i, layer in enumerate(stock_layers(decoder_config(model))) if is_retrieval_layer(layer)]
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    done, total = 0, len(layers) * sum(chunk.shape[1] for chunk in chunks)
 
     def take(layer_idx: int, query: Tensor) -> None:
+        found[layer_idx].append(_similarities(query, rotate).cpu())
+
+    read_queries(model, chunks, layers, take, progress)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def read_queries(
+    model: "PreTrainedModel",
+    chunks: Sequence[Tensor],
+    layers: Collection[int],
+    take: Callable[[int, Tensor], None],
+    progress: Progress | None,
+) -> None:
+    """Have the model read every text [1, T] once, with full attention; `take` gets the queries [1, Hq, T, D] of each of
+    these layers, by its number, as they come."""
+    from kvframe.hf.queries import observe_queries
+    from kvframe.hf.support import decoder_of
+
+    decoder = decoder_of(model)
+    done, total = 0, len(layers) * sum(chunk.shape[1] for chunk in chunks)
+
+    def observe(layer_idx: int, query: Tensor) -> None:
         nonlocal done
-        if layer_idx in found:
-            found[layer_idx].append(_similarities(query, rotate).cpu())
+        if layer_idx in layers:
+            take(layer_idx, query)
             done += query.shape[2]
             if progress is not None:
                 progress(done, total)
 
-    with torch.no_grad(), observe_queries(model, take):
+    with torch.no_grad(), observe_queries(model, observe):
         for chunk in chunks:
             decoder(input_ids=chunk.to(model.device), use_cache=False)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def check_some_layer_retrieves(layers: Collection[int], dense_layers: Collection[int]) -> None:
+    """Raise ConfigError where one tau for the model would count no layer: of `layers`, which have a full KV cache, the
+    policy keeps each dense."""
+    if set(layers) <= set(dense_layers):
+        raise ConfigError(
+            f"dense_layers names every layer with a full KV cache ({', '.join(map(str, layers))}); leave out those "
+            "that the policy does not keep dense"
+        )
 
 
 def _similarities(query: Tensor, rotate: Callable[[Tensor, int], Tensor] | None) -> Tensor:

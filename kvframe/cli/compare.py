@@ -166,11 +166,10 @@ def _read(paths: Sequence[Path]) -> "tuple[list[Row], dict[str, Any], dict[str, 
             )
     policies = list(dict.fromkeys(row.policy for row in rows))
     tasks = list(dict.fromkeys(row.task for row in rows))
-    elsewhere: dict[str, list[Row]] = {}
+    made_in: dict[str, list[Row]] = {}
     for row, each in zip(rows, found, strict=True):
-        facts = {key: value for key, value in each["environment"].items() if key != "date"}
-        if facts != {key: value for key, value in found[0]["environment"].items() if key != "date"}:
-            elsewhere.setdefault(listed(facts), []).append(row)
+        made_in.setdefault(listed(each["environment"] | {"date": None}), []).append(row)
+    elsewhere = dict(list(made_in.items())[1:])
     modes = get_args(TriggerMode)
     rows.sort(
         key=lambda row: (

@@ -85,8 +85,10 @@ class Catalog:
             self._scorer.extend(self.index.tensors, unit)
         self.estimated.extend(unit)
 
-    def units(self, index: UnitIndex) -> UnitTable:
-        """The units that can be selected."""
+    def units(self) -> UnitTable:
+        """The units that can be selected, where there is an index."""
+        index = self.index
+        assert index is not None, "nothing can be selected"
         max_units = max(1, min(self._ledger.visible_units(), index.max_units))
         visible, means = index.view(max_units), self._scorer.means
         return UnitTable(

@@ -15,7 +15,6 @@ from kvframe.layer import LayerRuntime
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.catalog import Catalog
 from kvframe.memory.dense import DenseMemory, ShadowMemory
-from kvframe.memory.index import UnitIndex
 from kvframe.memory.ledger import LENGTH, Ledger
 from kvframe.memory.positions import RowPositions
 from kvframe.memory.slots import SlotMemory
@@ -228,7 +227,7 @@ class RetrievalLayer(LayerRuntime):
         lengths = [length + 1 for length in self.ledger.lengths]
         inputs, decision = self._append(query[:, :, 0], keys[:, :, 0], values[:, :, 0], lengths)
         if self.catalog.index is not None and self._worth_doing(inputs.due):
-            self._select(self.catalog.index, inputs)
+            self._select(inputs)
         if query.shape[2] > 1:
             self._tail = Tentative(query[:, :, 1:], keys[:, :, 1:], values[:, :, 1:])
         self.stats.add(self.ledger.counts)
@@ -254,7 +253,7 @@ class RetrievalLayer(LayerRuntime):
             return None
         from kvframe_kernels.rest_attention import rest_attention
 
-        units = self.catalog.units(self.catalog.index)
+        units = self.catalog.units()
         if units.means is None:
             return None
         rest = self.catalog.estimated.limit(self.memory.unattended(units))
@@ -355,8 +354,8 @@ class RetrievalLayer(LayerRuntime):
             probe, due = self._ahead.exchange(probe, decision)
         return evolve(inputs, query=probe, due=due, full=decision.full, state=self._states.scorer), decision
 
-    def _select(self, index: UnitIndex, inputs: StepInputs) -> None:
-        policy, units = self.policy, self.catalog.units(index)
+    def _select(self, inputs: StepInputs) -> None:
+        policy, units = self.policy, self.catalog.units()
         scores = policy.scorer.score(inputs, units.index, units)
         if self._survivors is not None:
             gone = ~self._survivors.units(units.offsets, units.max_units)
