@@ -10,7 +10,7 @@ use, prompts included; on what is generated it fires at one step in ten, so that
 that of the model's directory.
 
 In the environment, MODEL=DIRECTORY takes another model than SmolLM2, DTYPE=bfloat16 another dtype, as for a GPU,
-SEEDS=16 more seeds, STRIDES=8,16 other strides, and PLUS=1 LouisKV-plus as well.
+SEEDS=16 more seeds, STRIDES=8,16 other strides, TOKENS=2304 a longer output, and PLUS=1 LouisKV-plus as well.
 """
 
 import os
@@ -25,17 +25,18 @@ SIZES = {"token_budget": 128, "sink_size": 16, "window_size": 64}
 
 model = os.environ.get("MODEL") or fetch_smollm2()
 tau = Calibration.load(Path(__file__).parent / "tau" / f"{Path(model).name}-relisting-16.json").tau
+tokens = int(os.environ.get("TOKENS", "1152"))
 strides = [int(stride) for stride in os.environ.get("STRIDES", "10,16").split(",")]
 
 study = kvframe.eval.Study(
     title=f"Long output: {Path(model).name}, a table written twice",
     model=model,
     dtype=os.environ.get("DTYPE", "float32"),
-    tasks=[kvframe.eval.task("relisting", output_tokens=1152)],
+    tasks=[kvframe.eval.task("relisting", output_tokens=tokens)],
     base=kvframe.policy("louiskv", tau=tau, **SIZES),
     vary={"trigger": [kvframe.FixedStride(stride=stride) for stride in strides]},
     policies=[kvframe.policy("louiskv-plus", tau=tau, **SIZES)] if os.environ.get("PLUS") else [],
-    context=1408,
+    context=tokens + 256,
     seeds=range(int(os.environ.get("SEEDS", "8"))),
     metrics=[*kvframe.eval.DEFAULT_METRICS, "kl_by_token", "retrieval_rate_by_layer", "segment_lengths"],
     watch=0,

@@ -4,7 +4,8 @@
     kvframe ablate benchmarks/studies/louiskv.py
 
 Needles and a verbatim copy at 4K. tau is calibrated on prose, for the rate that the stride has; NAME is that of the
-model's directory. MODEL=DIRECTORY in the environment takes another model than SmolLM2.
+model's directory. In the environment, MODEL=DIRECTORY takes another model than SmolLM2, DTYPE another dtype, SEEDS=5
+more seeds.
 """
 
 import os
@@ -25,7 +26,7 @@ base = kvframe.policy("louiskv", tau=tau, **SIZES)
 study = kvframe.eval.Study(
     title=f"LouisKV's trigger and units on {Path(model).name}",
     model=model,
-    dtype="float32",
+    dtype=os.environ.get("DTYPE", "float32"),
     tasks=[kvframe.eval.task("niah_multiquery", num_needles=4), kvframe.eval.task("copy", copy_tokens=64)],
     base=base,
     vary={
@@ -34,6 +35,6 @@ study = kvframe.eval.Study(
     },
     policies=[base.swap(name="pages, every step", trigger=kvframe.EveryStep(), units=kvframe.PageUnits(page_size=16))],
     context=4096,
-    seeds=range(2),
+    seeds=range(int(os.environ.get("SEEDS", "2"))),
     watch=0,
 )

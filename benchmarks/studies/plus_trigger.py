@@ -5,8 +5,8 @@
 
 The first command finds thresholds such that every variant fires on a tenth of the steps of four thousand tokens of
 prose, and leaves them in tau/; the second runs the study. LouisKV with one tau for the model, as published, with each
-option alone; louiskv-plus, with all of them, and with all but each. Sizes, tasks and the environment's variables are
-those of plus_parts.py.
+option alone; louiskv-plus, with all of them, and with all but each; both at every step beside them. The environment's
+variables are those of long_context.py.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from plus_parts import SIZES, budgets, model, study
+from long_context import COMMON, SIZES, budgets, model
 from trigger_options import OPTIONS
 
 import kvframe
@@ -75,18 +75,21 @@ def policies() -> list[kvframe.Policy]:
         made = attrs.evolve(trigger(VARIANTS[variant]), **set_to)
         return kvframe.policy(base, **SIZES).swap(name=f"{base}, {variant}", trigger=made)
 
-    alone = [make("louiskv", name) for name in VARIANTS if not name.startswith("all")]
-    return [*alone, make("louiskv-plus", "as published")] + [
-        make("louiskv-plus", name) for name in VARIANTS if name.startswith("all")
+    every_step = [
+        kvframe.policy(name, **SIZES).swap(name=f"{name}, every step", trigger=kvframe.EveryStep())
+        for name in ("louiskv", "louiskv-plus")
     ]
+    alone = [make("louiskv", name) for name in VARIANTS if not name.startswith("all")]
+    together = [make("louiskv-plus", name) for name in VARIANTS if name.startswith("all")]
+    return [*every_step, *alone, make("louiskv-plus", "as published"), *together]
 
 
 if __name__ == "__main__":
     calibrate()
 else:
-    study = attrs.evolve(
-        study,
-        title="The options of LouisKV's trigger, one by one, at a rate of 10 %",
+    study = kvframe.eval.Study(
+        title="The options of LouisKV's trigger, one by one, at a rate of 10 % on prose",
         policies=policies(),
-        token_budget=budgets[:1],
+        token_budget=budgets,
+        **COMMON,
     )
