@@ -22,13 +22,13 @@ class LouisKVPlusConfig(LouisKVConfig):
     """
 
     policy_name: ClassVar[str] = "louiskv-plus"
-    oversample: int = 8
+    oversample: int = 16
     """Candidates for a sketch are so many times the budget."""
     bits: int = 4
     """Of a number in the sketch of a key: 2, 4 or 8."""
     run_length: int = 1
     """Tokens next to each other in the store that are taken together; longer runs cross the link faster."""
-    scales: Literal["token", "channel"] = "channel"
+    scales: Literal["token", "channel"] = "token"
     """Rounding of the sketch: one step a token, or the same after every channel was divided by its own size."""
 
 

@@ -31,7 +31,7 @@ class KernelSizes:
     window_size: int = 256
     max_segment: int = 64
     miss: float = 0.3
-    oversample: int = 8
+    oversample: int = 16
     """Candidates of a key sketch are so many times the budget."""
     sketch_bits: int = 4
     """Of a number in it."""

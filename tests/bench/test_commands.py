@@ -51,7 +51,7 @@ def test_decode(tmp_path: Path) -> None:
     path = tmp_path / "decode.json"
     policies = "louiskv,louiskv@0,louiskv@1,window,quest,louiskv-plus@1,dynamic-cache,offloaded-cache"
     shown = run(
-        "decode", *CPU, *SMALL, "--policies", policies, "--context", 900, "--prefill-chunk", 256, "--steps", 25,
+        "decode", *CPU, *SMALL, "--policies", policies, "--context", 1500, "--prefill-chunk", 256, "--steps", 25,
         "--warmup", 2, "--stock-steps", 3, "--fire-rate", 0.2, "--miss", 0.25, "--json", path,
     )  # fmt: skip
     found = read(path)
