@@ -19,10 +19,10 @@ from torch import Tensor
 from kvframe_kernels.append_token import NUM_COUNTS, Slots, append_token
 from kvframe_kernels.gather_kv import gather_kv, store_token
 from kvframe_kernels.key_sketch import Sketch, window_sketch
-from kvframe_kernels.rest_attention import unattended_tokens
 from kvframe_kernels.select_units import exchange_resident, select_runs, select_units
 from kvframe_kernels.select_units.reference import NUM_TALLIES
 from kvframe_kernels.slot_attention import make_arrivals, slot_attention
+from kvframe_kernels.unattended_tokens import unattended_tokens
 
 BATCH_SIZE, NUM_KV_HEADS, GROUP_SIZE, WIDTH, VALUE = 2, 3, 5, 80, 48
 SINK_SIZE, WINDOW_SIZE, MIN_SIZE, MAX_SIZE, CAPACITY = 3, 21, 4, 13, 37

@@ -1,4 +1,4 @@
-"""Operations of a step that estimates what it does not retrieve and ranks tokens by a sketch of their keys."""
+"""Operations of a step that counts what it does not retrieve and ranks tokens by a sketch of their keys."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,8 @@ from torch import Tensor
 from kvframe.bench.case import Call, Case, KernelSizes, due_or_not, each, unit_offsets
 from kvframe_kernels.key_sketch import Centres, Sketch, sketch_scores, window_sketch
 from kvframe_kernels.packing import packed_size
-from kvframe_kernels.rest_attention import rest_attention, unattended_tokens
 from kvframe_kernels.select_units import select_runs
-from kvframe_kernels.slot_attention import make_arrivals
+from kvframe_kernels.unattended_tokens import unattended_tokens
 
 
 def _unattended_tokens(sizes: KernelSizes) -> list[Case]:
@@ -25,26 +24,6 @@ def _unattended_tokens(sizes: KernelSizes) -> list[Case]:
 
     calls = each(call, sizes.copies(num_bytes))
     return [Case(op="unattended_tokens", state="every step", calls=calls, num_bytes=num_bytes)]
-
-
-def _rest_attention(sizes: KernelSizes) -> list[Case]:
-    cases = []
-    for batch_size in sizes.attention_batches:
-        shape = (batch_size, sizes.num_kv_heads, sizes.num_units)
-        # The mean keys and mean values, once.
-        num_bytes = 2 * batch_size * sizes.num_kv_heads * sizes.num_units * sizes.head_dim * sizes.dtype.itemsize
-
-        def call(_: int, shape: tuple[int, int, int] = shape) -> Call:
-            query = sizes.random(shape[0], sizes.num_qo_heads, 1, sizes.head_dim)
-            keys, values = sizes.random(*shape, sizes.head_dim), sizes.random(*shape, sizes.head_dim)
-            rest = torch.randint(1, sizes.unit_size + 1, shape, dtype=torch.int32, device=sizes.device)
-            arrivals = make_arrivals(shape[0], sizes.num_qo_heads, sizes.device)
-            return lambda: rest_attention(query, keys, values, rest, sizes.head_dim**-0.5, arrivals=arrivals)
-
-        calls = each(call, sizes.copies(num_bytes))
-        state = f"batch {batch_size}, {sizes.num_units:,} units"
-        cases.append(Case(op="rest_attention", state=state, calls=calls, num_bytes=num_bytes))
-    return cases
 
 
 def _candidates(sizes: KernelSizes) -> tuple[Tensor, Tensor]:
@@ -140,5 +119,5 @@ def _window_sketch(sizes: KernelSizes) -> list[Case]:
 
 
 ESTIMATE_CASES: tuple[Callable[[KernelSizes], list[Case]], ...] = (
-    _unattended_tokens, _rest_attention, _sketch_scores, _select_runs, _window_sketch,
+    _unattended_tokens, _sketch_scores, _select_runs, _window_sketch,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from kvframe_kernels.gather_kv import gather_kv, store_token
 from kvframe_kernels.kmeans import kmeans
 from kvframe_kernels.query_similarity import query_turned
 from kvframe_kernels.select_units import NUM_TALLIES, exchange_resident, select_units
-from kvframe_kernels.slot_attention import make_arrivals, slot_attention
+from kvframe_kernels.slot_attention import Entries, make_arrivals, slot_attention
 from kvframe_kernels.unit_index import unit_bounds, unit_mean, window_bounds, window_mean
 from kvframe_kernels.unit_scores import box_scores, unit_scores
 
@@ -256,21 +256,37 @@ def _gather_kv(sizes: KernelSizes) -> list[Case]:
 
 
 def _slot_attention(sizes: KernelSizes) -> list[Case]:
+    """Over slots alone, and over slots and one virtual entry for each unit."""
     cases = []
     for batch_size in sizes.attention_batches:
-        shape = (batch_size, sizes.num_kv_heads, sizes.num_slots)
-        num_bytes = math.prod(shape) * (2 * sizes.head_dim + 1) * sizes.dtype.itemsize
+        heads = (batch_size, sizes.num_kv_heads)
+        for num_entries in (0, sizes.num_units):
+            num_slots = sizes.num_slots
+            row_bytes = 2 * sizes.head_dim * sizes.dtype.itemsize
+            of_entries = num_entries * (row_bytes + 4)
+            num_bytes = math.prod(heads) * (num_slots * (row_bytes + sizes.dtype.itemsize) + of_entries)
 
-        def call(_: int, shape: tuple[int, int, int] = shape) -> Call:
-            query = sizes.random(shape[0], sizes.num_qo_heads, 1, sizes.head_dim)
-            keys, values = sizes.random(*shape, sizes.head_dim), sizes.random(*shape, sizes.head_dim)
-            bias = torch.zeros(shape, dtype=sizes.dtype, device=sizes.device)
-            arrivals = make_arrivals(shape[0], sizes.num_qo_heads, sizes.device)
-            return lambda: slot_attention(query, keys, values, bias, sizes.head_dim**-0.5, arrivals=arrivals)
+            def call(_: int, heads: tuple[int, int] = heads, num_entries: int = num_entries) -> Call:
+                query = sizes.random(heads[0], sizes.num_qo_heads, 1, sizes.head_dim)
+                keys, values = (sizes.random(*heads, sizes.num_slots, sizes.head_dim) for _ in range(2))
+                bias = torch.zeros(*heads, sizes.num_slots, dtype=sizes.dtype, device=sizes.device)
+                entries = None
+                if num_entries:
+                    shape = (*heads, num_entries)
+                    entries = Entries(
+                        keys=sizes.random(*shape, sizes.head_dim),
+                        values=sizes.random(*shape, sizes.head_dim),
+                        counts=torch.randint(1, sizes.unit_size + 1, shape, dtype=torch.int32, device=sizes.device),
+                    )
+                arrivals = make_arrivals(heads[0], sizes.num_qo_heads, sizes.device)
+                scale = sizes.head_dim**-0.5
+                return lambda: slot_attention(query, keys, values, bias, scale, entries=entries, arrivals=arrivals)
 
-        calls = each(call, sizes.copies(num_bytes))
-        state = f"batch {batch_size}, {sizes.num_slots:,} slots"
-        cases.append(Case(op="slot_attention", state=state, calls=calls, num_bytes=num_bytes))
+            state = f"batch {batch_size}, {num_slots:,} slots"
+            if num_entries:
+                state += f", {num_entries:,} entries"
+            calls = each(call, sizes.copies(num_bytes))
+            cases.append(Case(op="slot_attention", state=state, calls=calls, num_bytes=num_bytes))
     return cases
 
 

@@ -59,11 +59,25 @@ def run_kernels(
             "link_bytes_per_s": bandwidths["link"],
         },
         rows=rows,
+        ratios=added_by_entries(rows),
         notes=[
             "floor: bytes over the bandwidth of a copy within the device, or over the link for store_token and "
-            "gather_kv; k-means is bound by arithmetic, and its floor counts reading the keys once an iteration"
+            "gather_kv; k-means is bound by arithmetic, and its floor counts reading the keys once an iteration",
+            "a ratio is what entries add to the time of the same slots alone, over what they add to its floor",
         ],
     )
+
+
+def added_by_entries(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What virtual entries add to attention over the same slots, over what their bytes take at least."""
+    attention = {row["state"]: row for row in rows if row["op"] == "slot_attention" and row["microseconds"] is not None}
+    ratios = {}
+    for state, row in attention.items():
+        alone = attention.get(state.rpartition(", ")[0])
+        if alone is not None:
+            added, floor = (row[name] - alone[name] for name in ("microseconds", "floor_microseconds"))
+            ratios[f"{state}: added by entries / their floor"] = added / floor
+    return ratios
 
 
 def _row(case: Case, floor: float | None, replays: int) -> dict[str, Any]:

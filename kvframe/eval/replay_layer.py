@@ -17,7 +17,7 @@ from kvframe.runtime.prompts import PromptReader
 from kvframe.runtime.states import StageStates
 from kvframe.stages import UnitBuilder
 from kvframe.types import BlockInputs, Board, LayerLayout, Units
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import Entries, slot_attention
 
 Built = dict[Any, Units]
 """Prompt units that were built before, by what they were built from."""
@@ -38,9 +38,7 @@ class ReplayMemory(ShadowMemory):
     oracle_mass: Tensor
     """float64 [B, H]: sum over steps of what the heaviest tokens, as many as are attended to, hold."""
 
-    def attend(
-        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None, entries: Entries | None = None) -> Tensor:
         attended, oracle = self.attended()[0], self.oracle
         if self.row_positions is None:
             self.row_positions = self.positions.of(0, self.keys.shape[2])
@@ -52,7 +50,7 @@ class ReplayMemory(ShadowMemory):
         self.oracle_mass += oracle.captured[self.step].gather(-1, count - 1)[:, 0]
         self.expected = oracle.out[self.step]
         self.step += 1
-        return DenseMemory.attend(self, query, tail, extra)
+        return DenseMemory.attend(self, query, tail, entries)
 
     def store_block(self, batch: int, start: int, rows: Tensor) -> None:
         super().store_block(batch, start, rows)
@@ -68,7 +66,7 @@ class ReplayMemory(ShadowMemory):
         query: Tensor,
         states: tuple[Tensor, Tensor],
         tail: tuple[Tensor, Tensor] | None,
-        extra: tuple[Tensor, Tensor] | None = None,
+        entries: Entries | None = None,
     ) -> Tensor:
         """As in `DenseMemory`, over the visible rows alone, which are few; there is no tail in a replay."""
         assert tail is None
@@ -80,7 +78,7 @@ class ReplayMemory(ShadowMemory):
         bias = self._bias(torch.arange(chosen.shape[1]) < count[None, :, None])
         # By index: gather takes number by number, and not row by row.
         keys, values = (part[:, torch.arange(len(count))[:, None], chosen] for part in states)
-        return slot_attention(query, keys, values, bias, self._layout.sm_scale, extra=extra)[0]
+        return slot_attention(query, keys, values, bias, self._layout.sm_scale, entries=entries)[0]
 
 
 class ReplayReader(PromptReader):

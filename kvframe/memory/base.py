@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kvframe.memory.pool import Traffic
 from kvframe.types import LeavingUnits, UnitTable
+from kvframe_kernels.slot_attention import Entries
 
 
 class LayerMemory(ABC):
@@ -87,14 +88,12 @@ class LayerMemory(ABC):
         """Where `due`, make exactly `rows` [B, H, C] (-1 behind `count` [B, H]) resident; count that in `tallies`."""
 
     @abstractmethod
-    def attend(
-        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None, entries: Entries | None = None) -> Tensor:
         """Attention over sinks, resident rows and window; and causally over `tail`, tokens not yet in the ledger.
 
         query: [B, Hq, T, D]. The first query sees none of the tail, query t its first t tokens.
         tail: keys [B, H, T - 1, D], values [B, H, T - 1, Dv].
-        extra: a partial result over other entries, out [B, Hq, T, Dv] and log-sum-exp [B, Hq, T].
+        entries: virtual entries, all of which every query sees.
         Returns [B, Hq, T, Dv].
         """
 

@@ -107,6 +107,8 @@ class Catalog:
 
     def forget(self) -> None:
         """As at the start, in place."""
+        if self.index is not None:
+            self.index.forget()
         self._rows.forget()
         self.estimated.forget()
         if self.notes is not None:

@@ -33,6 +33,11 @@ class Columns:
                 self.tensors[name] = tensor[:, :, : num_columns + 1].clone()
         self.reserve(num_columns)
 
+    def clear(self) -> None:
+        """Zero, so that what is read of an entry that does not exist is finite."""
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
     def nbytes(self) -> int:
         """Device memory held."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -11,7 +11,7 @@ from kvframe.memory.ledger import LENGTH, RESIDENT, Ledger
 from kvframe.memory.pool import Traffic
 from kvframe.types import LayerLayout, LeavingUnits, UnitTable
 from kvframe_kernels.select_units import ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
-from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference
+from kvframe_kernels.slot_attention import Entries, slot_attention, slot_attention_reference
 
 
 class DenseMemory(LayerMemory):
@@ -177,10 +177,8 @@ class DenseMemory(LayerMemory):
         recent = (rows >= length - ledger.window[..., None]) & (rows < length)
         return self.resident | (rows < ledger.sinks[..., None]) | recent
 
-    def attend(
-        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        return self._attend_where(self.attended(), query, self._as_seen(), tail, extra)
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None, entries: Entries | None = None) -> Tensor:
+        return self._attend_where(self.attended(), query, self._as_seen(), tail, entries)
 
     def attend_to_all(self, query: Tensor, lengths: list[int]) -> Tensor:
         return self._attend_where(self._exists(), query, self._as_stored(), None)
@@ -194,7 +192,7 @@ class DenseMemory(LayerMemory):
         query: Tensor,
         states: tuple[Tensor, Tensor],
         tail: tuple[Tensor, Tensor] | None,
-        extra: tuple[Tensor, Tensor] | None = None,
+        entries: Entries | None = None,
     ) -> Tensor:
         """Attention over the rows of a mask [B, H, R], and causally over the tail."""
         (keys, values), bias = states, self._bias(visible)
@@ -207,7 +205,7 @@ class DenseMemory(LayerMemory):
             bias = torch.cat(
                 [bias[:, :, None].expand(*heads, num_queries, -1), self._bias(seen).expand(*heads, -1, -1)], -1
             )
-        return slot_attention(query, keys, values, bias, self._layout.sm_scale, extra=extra)[0]
+        return slot_attention(query, keys, values, bias, self._layout.sm_scale, entries=entries)[0]
 
     def weights(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
         weights = self._weights_where(self.attended(), query, self._as_seen()[0])
@@ -263,9 +261,7 @@ class ShadowMemory(DenseMemory):
         self.captured_mass = torch.zeros(heads, dtype=torch.float64, device=layout.device)
         self.oracle_recall = torch.zeros(heads, dtype=torch.float64, device=layout.device)
 
-    def attend(
-        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None, entries: Entries | None = None) -> Tensor:
         exists = self._exists()
         self._observe(query[:, :, :1], exists)
         return self._attend_where(exists, query, (self.keys, self.values), tail)

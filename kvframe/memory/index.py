@@ -58,6 +58,10 @@ class UnitIndex:
         """The first `num_units` columns."""
         return {name: tensor[:, :, :num_units] for name, tensor in self.tensors.items()}
 
+    def forget(self) -> None:
+        """As at the start, in place."""
+        self._columns.clear()
+
     def addresses(self) -> list[int]:
         """Where the tensors lie."""
         return [tensor.data_ptr() for tensor in self.tensors.values()]

@@ -12,7 +12,7 @@ from kvframe.memory.pool import RowStore, Traffic
 from kvframe.types import LayerLayout, LeavingUnits, UnitTable
 from kvframe_kernels.append_token import Slots, append_token, leave_window
 from kvframe_kernels.select_units import exchange_resident
-from kvframe_kernels.slot_attention import slot_attention
+from kvframe_kernels.slot_attention import Entries, slot_attention
 
 
 class SlotMemory(LayerMemory):
@@ -182,12 +182,10 @@ class SlotMemory(LayerMemory):
         resident = slice(slots.sink_size, slots.ring_first)
         self._store.recall(incoming, slots.keys[:, :, resident], slots.values[:, :, resident])
 
-    def attend(
-        self, query: Tensor, tail: tuple[Tensor, Tensor] | None, extra: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None, entries: Entries | None = None) -> Tensor:
         slots = self.slots
         if tail is None:
-            return self._attend(query, slots.keys, slots.values, slots.bias, extra)
+            return self._attend(query, slots.keys, slots.values, slots.bias, entries)
         keys, values = torch.cat([slots.keys, tail[0]], 2), torch.cat([slots.values, tail[1]], 2)
         num_queries, num_tail = query.shape[2], tail[0].shape[2]
         hidden = torch.ones(num_queries, num_tail, dtype=torch.bool, device=query.device).triu()
@@ -196,12 +194,10 @@ class SlotMemory(LayerMemory):
         bias = torch.cat(
             [slots.bias[:, :, None].expand(*heads, num_queries, -1), causal.expand(*heads, -1, -1)], dim=-1
         )
-        return self._attend(query, keys, values, bias, extra)
+        return self._attend(query, keys, values, bias, entries)
 
-    def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, extra: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        more = {} if extra is None else {"extra": extra}
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, entries: Entries | None) -> Tensor:
+        more = {} if entries is None else {"entries": entries}
         out: Tensor = self._attention(query, keys, values, bias, self._layout.sm_scale, **more)[0]
         return out
 
@@ -242,7 +238,7 @@ class SlotMemory(LayerMemory):
         return torch.where(full[..., None, None], everywhere, weights)
 
     def unattended(self, units: UnitTable) -> Tensor:
-        from kvframe_kernels.rest_attention import unattended_tokens
+        from kvframe_kernels.unattended_tokens import unattended_tokens
 
         return unattended_tokens(self.slots.resident_rows, units.offsets, units.num_units, units.max_units)
 
@@ -262,6 +258,8 @@ class SlotMemory(LayerMemory):
         return torch.cat([positions, rows[rows >= 0].cpu()])
 
     def reset(self) -> None:
+        # Attention multiplies what an empty slot holds by zero, which of NaN is NaN.
+        self.slots.values.zero_()
         self.slots.bias.fill_(-math.inf)
         self.slots.resident_rows.fill_(-1)
 

@@ -30,7 +30,7 @@ from kvframe.stages.selector import only_due
 from kvframe.stats import RetrievalStats
 from kvframe.types import BlockInputs, Board, Decision, Execution, LayerLayout, Selection, StepInputs
 from kvframe_kernels.kmeans import write_in_order
-from kvframe_kernels.slot_attention import make_arrivals, slot_attention
+from kvframe_kernels.slot_attention import Entries, make_arrivals, slot_attention
 
 _SLAB_ROWS = 1024
 
@@ -75,9 +75,6 @@ class RetrievalLayer(LayerRuntime):
         drops = policy.transfer.drops and execution != "shadow"
         self._survivors = Survivors(layout, capacity) if drops else None
         self._ahead = Ahead.none(layout) if policy.trigger.selects_ahead else None
-        self._arrivals: Tensor | None = None  # scratch of the attention over estimates
-        if policy.selector.estimates:
-            self._arrivals = make_arrivals(layout.batch_size, layout.num_qo_heads, layout.device)
         self._full: Tensor | None = None  # bool [B, H], heads that attended to everything in the last step
         self.stats = RetrievalStats(layout)
         self.positions = RowPositions(layout)
@@ -238,7 +235,7 @@ class RetrievalLayer(LayerRuntime):
 
     def _attend(self, query: Tensor, full: Tensor | None, lengths: list[int]) -> Tensor:
         tail = None if self._tail is None else (self._tail.keys, self._tail.values)
-        out = self.memory.attend(query, tail, self._estimate(query))
+        out = self.memory.attend(query, tail, self._estimated())
         self._full = full
         if full is not None and self._worth_doing(full):
             everything = self.memory.attend_to_all(query[:, :, :1], lengths)
@@ -246,18 +243,14 @@ class RetrievalLayer(LayerRuntime):
             out[:, :, :1] = torch.where(heads, everything, out[:, :, :1])
         return out
 
-    def _estimate(self, query: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Attention over what is not attended to otherwise, one virtual entry a unit; None where nothing is
-        estimated."""
+    def _estimated(self) -> Entries | None:
+        """What is not attended to otherwise, one virtual entry a unit; None where nothing is estimated."""
         if not self.policy.selector.estimates or self.catalog.index is None:
             return None
-        from kvframe_kernels.rest_attention import rest_attention
-
         units = self.catalog.units()
         if units.means is None:
             return None
-        rest = self.catalog.estimated.limit(self.memory.unattended(units))
-        return rest_attention(query, *units.means, rest, self.layout.sm_scale, arrivals=self._arrivals)
+        return Entries(*units.means, self.catalog.estimated.limit(self.memory.unattended(units)))
 
     def _observe(self, inputs: StepInputs, lengths: list[int]) -> None:
         """Let the scorer look back at the step."""

@@ -6,6 +6,7 @@ import torch
 from kvframe.bench.case import Case, KernelSizes
 from kvframe.bench.gather import GatherBenchmark, check_gather, draw_rows, gather_once
 from kvframe.bench.kernel_cases import make_cases
+from kvframe.bench.kernels import added_by_entries
 from kvframe.bench.model import config_of, make_model, weight_bytes
 from kvframe.errors import ConfigError
 from kvframe_kernels.dispatch import KernelError
@@ -33,7 +34,7 @@ def test_every_operation_is_called(cases: list[Case]) -> None:
     assert {case.op for case in cases} >= {
         "query_turned", "append_token", "store_token", "window_mean", "unit_scores", "select_units",
         "exchange_resident", "gather_kv", "slot_attention", "unit_mean", "kmeans", "unattended_tokens",
-        "rest_attention", "sketch_scores", "select_runs", "window_sketch",
+        "sketch_scores", "select_runs", "window_sketch",
     }  # fmt: skip
 
 
@@ -41,6 +42,19 @@ def test_what_is_due_has_a_floor(cases: list[Case]) -> None:
     """Bytes where there is work, none where nothing is due."""
     for case in cases:
         assert (case.num_bytes > 0) == (case.state != "nothing due") or case.op.startswith("(bench)")
+
+
+def test_what_entries_add() -> None:
+    """Time and floor of a state less those of the same without entries; only where both were measured."""
+    rows = [
+        {"op": "slot_attention", "state": state, "microseconds": time, "floor_microseconds": floor}
+        for state, time, floor in (
+            ("batch 1, 9 slots", 7.0, 2.0), ("batch 1, 9 slots, 5 entries", 19.0, 10.0),
+            ("batch 8, 9 slots", None, 3.0), ("batch 8, 9 slots, 5 entries", 50.0, 40.0),
+        )
+    ]  # fmt: skip
+
+    assert added_by_entries(rows) == {"batch 1, 9 slots, 5 entries: added by entries / their floor": 1.5}
 
 
 def test_exchange_misses_what_was_asked() -> None:

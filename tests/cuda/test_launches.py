@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 # What launches nothing: other views of the same memory, and memory whose contents nobody has set.
 _NOTHING = {"alias", "as_strided", "detach", "expand", "permute", "reshape", "select", "slice", "split", "squeeze"}
 _NOTHING |= {"t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"}
-_NOTHING |= {"empty", "empty_like", "empty_strided", "new_empty", "promote_types"}
+_NOTHING |= {"empty", "empty_like", "empty_strided", "new_empty", "promote_types", "is_pinned"}
 
 
 class _Counting(TorchDispatchMode):
@@ -54,7 +54,7 @@ def torch_operations(name: str) -> Counter[str]:
 
 def test_louiskv_launches_kernels_alone() -> None:
     """One addition of plain torch, for the statistics."""
-    assert torch_operations("louiskv").total() <= 2
+    assert torch_operations("louiskv").total() <= 1
 
 
 def test_louiskv_plus_adds_kernels_alone() -> None:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import dot
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe_kernels.dispatch import KernelError, is_interpreted
-from kvframe_kernels.slot_attention import slot_attention, slot_attention_reference, slot_attention_sdpa
+from kvframe_kernels.slot_attention import Entries, slot_attention, slot_attention_reference, slot_attention_sdpa
 
 
 class Inputs(NamedTuple):
@@ -109,35 +109,51 @@ def test_definition(x: Inputs, sm_scale: float):
     assert all(one is other or torch.equal(one, other) for one, other in zip(before, x, strict=True))
 
 
-@given(x=inputs(), share=st.floats(0, 1))
-def test_extra_is_merged(x: Inputs, share: float):
-    """Slots attended apart and merged by their log-sum-exp are slots attended together."""
-    num_slots = x.k_slots.shape[2]
-    cut = max(1, min(num_slots - 1, round(share * num_slots)))
-    assume(num_slots > 1)
-    x = x._replace(bias=None if x.bias is None else x.bias.clamp(min=-50))  # neither part is empty
-
-    def part(slots: slice) -> Inputs:
-        bias = None if x.bias is None else x.bias[..., slots]
-        return Inputs(x.query, x.k_slots[:, :, slots], x.v_slots[:, :, slots], bias)
-
-    apart = expected_attention(part(slice(cut, None)), 0.4)
-    out, lse = slot_attention(*part(slice(0, cut)), 0.4, extra=apart)
-    together_out, together_lse = expected_attention(x, 0.4)
-
-    assert lse is not None
-    assert_close(out, together_out)
-    assert_close(lse, together_lse)
+def make_entries(x: Inputs, num_entries: int, seed: int) -> Entries:
+    """Beside the slots; some do not exist."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = x.k_slots.shape[:2]
+    counts = torch.randint(0, 5, (*heads, num_entries), generator=generator)
+    return Entries(
+        torch.randn(*heads, num_entries, x.k_slots.shape[-1], generator=generator, dtype=x.k_slots.dtype),
+        torch.randn(*heads, num_entries, x.v_slots.shape[-1], generator=generator, dtype=x.v_slots.dtype),
+        counts,
+    )
 
 
-def test_extra_over_nothing():
-    """A partial result over no entries, lse -inf, changes nothing."""
+@given(x=inputs(), num_entries=st.integers(1, 9), seed=st.integers(0, 2**16))
+def test_entries(x: Inputs, num_entries: int, seed: int):
+    """An entry is as many slots as it counts, all with its key and value: one softmax over all."""
+    entries = make_entries(x, num_entries, seed)
+    out, lse = slot_attention(*x, 0.4, entries=entries, need_lse=True)
+    chosen, nothing = slot_attention(*x, 0.4, entries=entries)
+    most = int(entries.counts.max())
+    missing = torch.arange(most) >= entries.counts[..., None]
+    added = torch.zeros(missing.shape, dtype=torch.float64).masked_fill(missing, -math.inf).flatten(-2)
+    slots = [
+        torch.cat([own, part.repeat_interleave(most, 2)], 2)
+        for own, part in ((x.k_slots, entries.keys), (x.v_slots, entries.values))
+    ]
+    bias = torch.zeros(x.k_slots.shape[:3], dtype=torch.float64) if x.bias is None else x.bias
+    if bias.dim() == 4:
+        added = added[:, :, None].expand(*bias.shape[:3], -1)
+    expected, expected_lse = expected_attention(Inputs(x.query, *slots, torch.cat([bias, added], -1)), 0.4)
+
+    assert lse is not None and nothing is None
+    for found in (out, chosen):
+        assert_close(found, expected)
+    assert_close(lse, expected_lse)
+
+
+def test_entries_that_do_not_exist():
+    """Entries that count nothing change nothing."""
     x = Inputs(torch.randn(1, 2, 1, 4), torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), None)
-    nothing = (torch.zeros(1, 2, 1, 4), torch.full((1, 2, 1), -math.inf))
+    nothing = Entries(torch.full((1, 1, 3, 4), 9.0), torch.full((1, 1, 3, 4), 9.0), torch.zeros(1, 1, 3))
     out, lse = slot_attention_reference(*x, 0.5)
-    merged, merged_lse = slot_attention_reference(*x, 0.5, extra=nothing)
+    with_them, with_them_lse = slot_attention_reference(*x, 0.5, entries=nothing)
 
-    assert torch.equal(out, merged) and torch.equal(lse, merged_lse)
+    torch.testing.assert_close(out, with_them)
+    torch.testing.assert_close(lse, with_them_lse)
 
 
 @given(x=inputs(), share=st.floats(0, 1))
@@ -165,22 +181,27 @@ def test_lengths(x: Inputs, share: float):
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("limited", [False, True])
 def test_nothing_to_see(num_queries: int, limited: bool):
-    """Over empty slots alone the output is 0 and the log-sum-exp -inf; merged with something, it is that."""
+    """Over empty slots alone, and entries that do not exist, the output is 0 and the log-sum-exp -inf; with one that
+    does, it is that one's value."""
     query, slots = torch.randn(1, 2, num_queries, 4), torch.randn(1, 1, 6, 4)
     bias = None if limited else torch.full((1, 1, 6), -math.inf)
     lengths = torch.tensor([0]) if limited else None
     out, lse = slot_attention_reference(query, slots, slots, bias, 0.5, lengths=lengths)
     chosen, _ = slot_attention(query, slots, slots, bias, 0.5, lengths=lengths)
-    other = torch.randn(1, 2, num_queries, 4), torch.randn(1, 2, num_queries)
-    merged, merged_lse = slot_attention(query, slots, slots, bias, 0.5, lengths=lengths, extra=other)
-    nothing = torch.full_like(other[0], math.nan), torch.full_like(other[1], -math.inf)
-    twice, twice_lse = slot_attention(query, slots, slots, bias, 0.5, lengths=lengths, extra=nothing)
+    entry = torch.randn(1, 1, 1, 4)
+
+    def with_entry(count: int) -> tuple[Tensor, Tensor | None]:
+        entries = Entries(entry, entry, torch.full((1, 1, 1), count))
+        return slot_attention(query, slots, slots, bias, 0.5, lengths=lengths, entries=entries, need_lse=True)
+
+    twice, twice_lse = with_entry(0)
+    alone, alone_lse = with_entry(3)
 
     assert not out.any() and (lse == -math.inf).all()
     assert not chosen.any()
-    torch.testing.assert_close(merged, other[0])
-    torch.testing.assert_close(merged_lse, other[1])
     assert twice_lse is not None and not twice.any() and (twice_lse == -math.inf).all()
+    torch.testing.assert_close(alone, entry.expand_as(alone))
+    torch.testing.assert_close(alone_lse, (0.5 * query * entry).sum(-1) + math.log(3))
 
 
 def test_backend():

@@ -1,5 +1,4 @@
-"""`unattended_tokens` as a Triton kernel; `rest_attention` by the kernel of `slot_attention`, to which a virtual entry
-is a slot that counts several times."""
+"""`unattended_tokens` as a Triton kernel."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -7,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kvframe_kernels.slot_attention.triton_kernel import slot_attention_triton
 
 # Units of a program, and resident rows that it looks at together.
 _UNITS = 512
@@ -65,15 +62,3 @@ def unattended_tokens_triton(resident_rows: Tensor, unit_offsets: Tensor, num_un
         num_warps=8, num_stages=1,
     )  # fmt: skip
     return rest
-
-
-def rest_attention_triton(
-    query: Tensor, mean_keys: Tensor, mean_values: Tensor, rest: Tensor, sm_scale: float, arrivals: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Arguments and result as in `rest_attention_reference`, for T = 1; what counts nothing is not read."""
-    out, lse = slot_attention_triton(
-        query, mean_keys, mean_values, rest, sm_scale, lengths=None, extra=None, need_lse=True, arrivals=arrivals,
-        counted=True,
-    )  # fmt: skip
-    assert lse is not None
-    return out, lse
