@@ -84,17 +84,21 @@ def find_thresholds(
     lies, and `anchor`, where the trigger has one, that of queries as far apart as selections shall be. So each alone
     would fire about equally often, and together they fire at the wanted rate.
 
-    Raises ConfigError for a rate that no threshold gives, and for one tau for the model where all layers are dense.
+    Dense layers get what comes nearest. Raises ConfigError for a rate that no threshold gives elsewhere, and for one tau
+    for the model where all layers are dense.
     """
     if per == "layer":
-        found = {
-            layer_idx: _search(trigger, {layer_idx: layer}, layer, retrieval_rate)
-            for layer_idx, layer in layers.items()
-        }
+        found = {}
+        for layer_idx, layer in layers.items():
+            found[layer_idx], nearest = _search(trigger, {layer_idx: layer}, layer, retrieval_rate)
+            if layer_idx not in dense_layers:
+                _check_rate(trigger, retrieval_rate, nearest, f"layer {layer_idx}")
     else:
         check_some_layer_retrieves(layers, dense_layers)
         counted = {layer_idx: layer for layer_idx, layer in layers.items() if layer_idx not in dense_layers}
-        found = dict.fromkeys(layers, _search(trigger, counted, _together(list(counted.values())), retrieval_rate))
+        own, nearest = _search(trigger, counted, _together(list(counted.values())), retrieval_rate)
+        _check_rate(trigger, retrieval_rate, nearest, f"{len(counted)} layers")
+        found = dict.fromkeys(layers, own)
     set_to: Any = evolve
     return {idx: (own, layers[idx].rate(set_to(trigger, **own))) for idx, own in found.items()}
 
@@ -137,8 +141,9 @@ def calibrate_trigger(
 
 def _search(
     trigger: Trigger, layers: Mapping[int, RecordedLayer], shared: RecordedLayer, wanted: float
-) -> dict[str, float]:
-    """Thresholds at which a trigger fires at a rate, the mean over layers."""
+) -> tuple[dict[str, float], float]:
+    """Thresholds at which a trigger fires at a rate, the mean over layers, as nearly as may be; and the rate they
+    give."""
 
     def rate(share: float) -> float:
         set_to: Any = evolve(trigger, **shared.thresholds(share))  # type: ignore[misc]
@@ -155,13 +160,16 @@ def _search(
         low, high = (low, share) if found > wanted else (share, high)
         # Upwards in small steps: with hysteresis a trigger fires less again where hardly any query comes to rest.
         share = min(1.5 * share, (1 + share) / 2) if high is None else (low + high) / 2
-    if abs(nearest - wanted) > max(_FAR_OFF * wanted, 0.005):
-        where = f"layer {next(iter(layers))}" if len(layers) == 1 else f"{len(layers)} layers"
+    return shared.thresholds(best), nearest
+
+
+def _check_rate(trigger: Trigger, wanted: float, found: float, where: str) -> None:
+    """Raise ConfigError for a rate that is not the one wanted."""
+    if abs(found - wanted) > max(_FAR_OFF * wanted, 0.005):
         raise ConfigError(
             f"no thresholds have {trigger!r} fire on {wanted:.1%} of the steps in {where}: it comes as near as "
-            f"{nearest:.1%}; want another rate, or change its other options"
+            f"{found:.1%}; want another rate, or change its other options"
         )
-    return shared.thresholds(best)
 
 
 def _together(layers: Sequence[RecordedLayer]) -> RecordedLayer:

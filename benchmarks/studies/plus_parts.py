@@ -36,7 +36,6 @@ study = kvframe.eval.Study(
         sketch_alone,
         plus,
         but("all, half the candidates", oversample=8),
-        but("all, a quarter of the candidates", oversample=4),
         but("all, sketch of 2 bits", bits=2),
         but("all, runs of 4", run_length=4),
         but("all, sizes of channels", scales="channel"),
