@@ -84,8 +84,8 @@ def find_thresholds(
     lies, and `anchor`, where the trigger has one, that of queries as far apart as selections shall be. So each alone
     would fire about equally often, and together they fire at the wanted rate.
 
-    Dense layers get what comes nearest. Raises ConfigError for a rate that no threshold gives elsewhere, and for one tau
-    for the model where all layers are dense.
+    Dense layers get what comes nearest. Raises ConfigError for a rate that no threshold gives elsewhere, and for one
+    tau for the model where all layers are dense.
     """
     if per == "layer":
         found = {}

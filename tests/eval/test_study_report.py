@@ -217,6 +217,31 @@ def test_kl_along_the_text(results: Results) -> None:
     assert [found[f"{part}/8"].partition(" ")[0] for part in (1, 4, 5, 8)] == ["1.5000", "1.5000", "2.0000", "2.0000"]
 
 
+def test_markdown_keeps_contexts_apart(results: Results) -> None:
+    """A section each, with the figures, differences and curves of its own cells."""
+    study = attrs.evolve(
+        results.study, context=(64, 96), token_budget=(16,), watch=0, tasks=results.study.tasks[:1], policies=()
+    )
+    outcomes = {
+        cell.key: Outcome(
+            key=cell.key,
+            figures={"kl": kl, "kl_by_token": [kl] * 8},
+            seconds=0.0,
+        )
+        for cell in study.cells()
+        for kl in [cell.context + (cell.slot is not None)]
+    }
+    page = markdown_page(Results(study=study, cells=study.cells(), outcomes=outcomes))
+
+    for context in (64, 96):
+        name = f"copy, {context} tokens"
+        assert cells_of(page, f"## {name}")["louiskv 16"]["KL"].startswith(f"{context}.0000")
+        (changed,) = cells_of(page, f"### {name}: less the base, seed by seed").values()
+        assert changed["KL"].startswith("1.0000")
+        curves = cells_of(page, f"### {name}: KL along the generated text")
+        assert curves["louiskv 16"]["8/8"].startswith(f"{context}.0000")
+
+
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
 

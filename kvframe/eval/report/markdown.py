@@ -26,12 +26,13 @@ def markdown_page(results: Results) -> str:
     """
     parts = [f"# {results.study.title}", _conditions(results)]
     rows = summarise(results)
-    for task in dict.fromkeys(row.task for row in rows):
-        parts += [f"## {task}", _figures([row for row in rows if row.task == task])]
-        if changes := _changes(results, task):
-            parts += [f"### {task}: less the base, seed by seed", changes]
-        if places := _along(results, task):
-            parts += [f"### {task}: KL along the generated text", places]
+    for task, context in dict.fromkeys((row.task, row.context) for row in rows):
+        name = task if len(results.study.context) == 1 else f"{task}, {context:,} tokens"
+        parts += [f"## {name}", _figures([row for row in rows if (row.task, row.context) == (task, context)])]
+        if changes := _changes(results, task, context):
+            parts += [f"### {name}: less the base, seed by seed", changes]
+        if places := _along(results, task, context):
+            parts += [f"### {name}: KL along the generated text", places]
     if failed := results.failed():
         parts += ["## Failed", "\n".join(f"- {cell.title}: {outcome.reason}" for cell, outcome in failed)]
     if missing := results.missing():
@@ -76,10 +77,14 @@ def _cells(row: Row, names: Sequence[str]) -> Iterator[str]:
         yield _show(name, row.figures.get(name))
 
 
-def _changes(results: Results, task: str) -> str:
+def _changes(results: Results, task: str, context: int) -> str:
     """Variants down, figures across; empty without a base."""
     columns: dict[str, dict[tuple[str, int | None], Spread]] = {
-        name: {(found.label, found.budget): found.difference for found in paired(results, name) if found.task == task}
+        name: {
+            (found.label, found.budget): found.difference
+            for found in paired(results, name)
+            if (found.task, found.context) == (task, context)
+        }
         for name in _COMPARED
     }
     places = dict.fromkeys(place for column in columns.values() for place in column)
@@ -95,12 +100,12 @@ def _changes(results: Results, task: str) -> str:
     return table(["variant", "budget", *(figure(name).label for name in names)], lines) if lines else ""
 
 
-def _along(results: Results, task: str) -> str:
+def _along(results: Results, task: str, context: int) -> str:
     """KL in parts of equal length of the continuation, where every token's was kept."""
     curves: dict[tuple[str, int | None], list[list[float]]] = {}
     for cell, outcome in results.done():
         values = (outcome.figures or {}).get("kl_by_token")
-        if values and len(values) >= _PARTS and results.task_title(cell) == task:
+        if values and len(values) >= _PARTS and (results.task_title(cell), cell.context) == (task, context):
             edges = [round(part * len(values) / _PARTS) for part in range(_PARTS + 1)]
             means = [fmean(values[start:stop]) for start, stop in pairwise(edges)]
             curves.setdefault((cell.label, cell.budget), []).append(means)
