@@ -20,9 +20,11 @@ def test_what_cannot_fit_is_refused() -> None:
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).cuda().eval()
-    wide = small("louiskv", 16).swap(window_size=200_000)
     gc.collect()
     torch.cuda.empty_cache()
+    # Tests before this one may have left memory that torch keeps for itself, which is room as well.
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    wide = small("louiskv", 16).swap(window_size=200_000 + kept // 256)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
     try:
