@@ -49,9 +49,10 @@ def selections(token_budget: int) -> dict[str, kvframe.Policy]:
         "estimate alone": plus.swap(selector=kvframe.EstimateRest(selector=louiskv.selector)),
         "sketch alone": plus.swap(selector=sketch),
         "all: louiskv-plus": plus,
-        "all, steps of tokens alone": but(scales="token"),
-        "all, half the candidates": but(oversample=4),
+        "all, half the candidates": but(oversample=8),
         "all, sketch of 2 bits": but(bits=2),
+        "all, runs of 4": but(run_length=4),
+        "all, sizes of channels": but(scales="channel"),
         "all, clusters of 8, 2 bits": kvframe.policy("louiskv-plus", cluster_size=8, bits=2, **sizes),
     }
     return {name: policy.swap(trigger=kvframe.EveryStep()) for name, policy in variants.items()}
