@@ -4,7 +4,6 @@ A model with random weights fires and misses as it happens to. Here both are set
 share of a selection is not resident. Trigger, scorer and selector of the policy still do all their work.
 """
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -15,8 +14,8 @@ from torch import Tensor
 from kvframe.bench.forced_reference import forced_scores_reference, scheduled_due_reference
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
-from kvframe.stages import Selector, SketchRerank, Trigger
-from kvframe.types import Decision, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
+from kvframe.stages import SelectorAround, SketchRerank, Trigger
+from kvframe.types import Decision, LayerLayout, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -32,7 +31,7 @@ def force(policy: Policy, *, fire_rate: float, miss: float, num_steps: int, seed
     """
     return policy.swap(
         trigger=ScheduledTrigger(inner=policy.trigger, rate=fire_rate, num_steps=num_steps, seed=seed),
-        selector=ForcedSelector(inner=policy.selector, miss=miss),
+        selector=ForcedSelector(selector=policy.selector, miss=miss),
     )
 
 
@@ -94,15 +93,15 @@ class ScheduledTrigger(Trigger):
 
 
 @frozen(kw_only=True, slots=False)
-class ForcedSelector(Selector):
+class ForcedSelector(SelectorAround):
     """Selects by scores of its own, so that on average a share `miss` of the selected tokens was not selected before.
 
     Units lie in a fixed mixed order on a ring; a selection is a stretch of it, and the next one begins `miss` times its
-    tokens further on. `inner` selects by these scores. Less is missed where all units together hold less than
+    tokens further on. `selector` selects by these scores. Less is missed where all units together hold less than
     1 + `miss` stretches, and where `miss` is close to 1: some stretches reach beyond the beginning of the next.
 
-    Where `inner` ranks the tokens of the best units by a sketch, the stretch is its candidates, and it ranks them by a
-    query that is always the same: a token's rank depends on nothing but its key, so that about the share of the
+    Where `selector` ranks the tokens of the best units by a sketch, the stretch is its candidates, and it ranks them by
+    a query that is always the same: a token's rank depends on nothing but its key, so that about the share of the
     candidates that goes is that of the selected tokens. The rates that come out are in the result.
 
     One cache at a time: the places of the stretches belong to the stage, because a selector has no running state.
@@ -110,46 +109,17 @@ class ForcedSelector(Selector):
 
     name: ClassVar[str] = "forced"
     capturable: ClassVar[bool] = True
-    inner: Selector = field()
-    """Makes the selection."""
     miss: float = field(validator=_share)
     """Share of a selection that is not resident."""
 
     @property
-    def capacity(self) -> int:
-        return self.inner.capacity
-
-    def capacity_in(self, layout: LayerLayout) -> int:
-        return self.inner.capacity_in(layout)
-
-    @property
-    def estimates(self) -> bool:  # type: ignore[override]
-        return self.inner.estimates
-
-    @property
-    def needs_means(self) -> bool:
-        return self.inner.needs_means
-
-    @property
-    def scales_channels(self) -> bool:
-        return self.inner.scales_channels
-
-    def row_index(
-        self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        return self.inner.row_index(keys, values, centres, channels)
-
-    def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
-        self.inner.extend(row_index, unit, channels)
-
-    @property
     def _reranking(self) -> SketchRerank | None:
         """What ranks the tokens of the best units; None where units are taken as they are."""
-        return next((part for part in self.inner.with_parts() if isinstance(part, SketchRerank)), None)
+        return next((part for part in self.selector.with_parts() if isinstance(part, SketchRerank)), None)
 
     @property
     def _stretch(self) -> int:
-        """Tokens of the best units that `inner` looks at."""
+        """Tokens of the best units that `selector` looks at."""
         return self.capacity if self._reranking is None else self._reranking.num_candidates
 
     @cached_property
@@ -193,4 +163,4 @@ class ForcedSelector(Selector):
             forced = forced_scores_triton(*arguments)
         if self._reranking is not None:
             inputs = evolve(inputs, query=self._query_like(inputs.query))
-        return self.inner.select(inputs, forced, units)
+        return self.selector.select(inputs, forced, units)

@@ -1,5 +1,6 @@
 """The five slots: one abstract class each, and the trivial members."""
 
+from kvframe.stages.around import SelectorAround
 from kvframe.stages.base import SLOTS, Slot, Stage
 from kvframe.stages.clusters import ClusterUnits
 from kvframe.stages.drop import Drop
@@ -32,6 +33,7 @@ __all__ = [
     "Scorer",
     "SelectNothing",
     "Selector",
+    "SelectorAround",
     "SketchRerank",
     "Slot",
     "Stage",

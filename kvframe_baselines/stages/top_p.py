@@ -7,16 +7,16 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from kvframe.stages import Selector
+from kvframe.stages import SelectorAround
 from kvframe.stages.selector import only_due
-from kvframe.types import Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
-from kvframe.validators import one_of, part, share
+from kvframe.types import Invariant, LeavingUnits, Selection, StepInputs, UnitTable
+from kvframe.validators import one_of, share
 
 _OWN = "top-p "  # the other selector may keep something of the same name
 
 
 @frozen(kw_only=True)
-class TopP(Selector):
+class TopP(SelectorAround):
     """Of another selector's rows the fewest that hold the share `p` of the attention: Twilight (2025, arXiv
     2502.02770).
 
@@ -28,31 +28,10 @@ class TopP(Selector):
     name: ClassVar[str] = "top-p"
     capturable: ClassVar[bool] = True
     waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.EXACT_BUDGET})
-    selector: Selector = field(validator=part(Selector))
-    """Says what the candidates are; generously."""
     p: float = field(default=0.85, validator=share)
     """Share of the candidates' attention that is taken."""
     bits: Literal[2, 4, 8] = field(default=4, validator=one_of(2, 4, 8))
     """Of a number in the copy of the keys that candidates are weighed by."""
-
-    @property
-    def capacity(self) -> int:
-        return self.selector.capacity
-
-    @property
-    def estimates(self) -> bool:  # type: ignore[override]
-        return self.selector.estimates
-
-    @property
-    def needs_means(self) -> bool:
-        return self.selector.needs_means
-
-    def capacity_in(self, layout: LayerLayout) -> int:
-        return self.selector.capacity_in(layout)
-
-    @property
-    def scales_channels(self) -> bool:
-        return self.selector.scales_channels
 
     def row_index(
         self, keys: Tensor, values: Tensor, centres: Tensor, channels: Tensor | None = None
@@ -60,12 +39,12 @@ class TopP(Selector):
         from kvframe_kernels.key_sketch import encode_sketch
 
         own = encode_sketch(keys, self.bits).named(_OWN)
-        return {**self.selector.row_index(keys, values, centres, channels), **own}
+        return {**super().row_index(keys, values, centres, channels), **own}
 
     def extend(self, row_index: Mapping[str, Tensor], unit: LeavingUnits, channels: Tensor | None = None) -> None:
         from kvframe_kernels.key_sketch import Sketch, window_sketch
 
-        self.selector.extend(row_index, unit, channels)
+        super().extend(row_index, unit, channels)
         window_sketch(
             Sketch.of(row_index, _OWN), self.bits, unit.leaves, unit.start, unit.size, unit.keys,
             unit.ring_first, unit.ring_size, centred=False,
@@ -74,7 +53,7 @@ class TopP(Selector):
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection:
         from kvframe_kernels.key_sketch import Sketch, sketch_scores
 
-        made = Selection.of(self.selector.select(inputs, scores, units))
+        made = Selection.of(super().select(inputs, scores, units))
         rows, count = only_due(made.rows, made.count, inputs.due)
         places = torch.arange(rows.shape[-1], device=rows.device)
         sketch = Sketch.of(units.row_index, _OWN)

@@ -96,7 +96,7 @@ def test_miss_is_what_was_asked(miss: float, tolerance: float) -> None:
     torch.manual_seed(0)
     units = table(torch.randint(1, 32, (2000,)), 1500)
     layout = make_layout(batch_size=HEADS[0], num_kv_heads=HEADS[1])
-    selector = ForcedSelector(inner=TopBudget(token_budget=512), miss=miss)
+    selector = ForcedSelector(selector=TopBudget(token_budget=512), miss=miss)
     inputs = make_inputs(layout, torch.ones(HEADS, dtype=torch.bool))
     missed, before = [], None
     for _ in range(40):
@@ -117,7 +117,7 @@ def test_miss_of_what_is_ranked(miss: float, tolerance: float) -> None:
     of them go as of the candidates, and they lie scattered."""
     generator = torch.Generator().manual_seed(0)
     layout = make_layout(batch_size=HEADS[0], num_kv_heads=HEADS[1])
-    selector = ForcedSelector(inner=EstimateRest(selector=SketchRerank(token_budget=128)), miss=miss)
+    selector = ForcedSelector(selector=EstimateRest(selector=SketchRerank(token_budget=128)), miss=miss)
     units = table(torch.full((300,), 8), 300, first=0)
     keys = torch.randn(math.prod(HEADS), 2400, layout.head_dim, generator=generator, dtype=layout.dtype)
     kept = selector.row_index(keys, keys, torch.zeros_like(keys))
@@ -148,7 +148,7 @@ def test_only_due_heads_move_on() -> None:
     layout = make_layout(batch_size=HEADS[0], num_kv_heads=HEADS[1])
     due = torch.zeros(HEADS, dtype=torch.bool)
     due[0, 1] = True
-    selector = ForcedSelector(inner=TopBudget(token_budget=64), miss=0.5)
+    selector = ForcedSelector(selector=TopBudget(token_budget=64), miss=0.5)
     for _ in range(3):
         selector.select(make_inputs(layout, due), torch.zeros(*HEADS, 400), units)
     [starts] = selector._starts.values()
@@ -159,7 +159,7 @@ def test_only_due_heads_move_on() -> None:
 def test_layers_slide_on_their_own() -> None:
     """State belongs to a layer, and to a shape."""
     units = table(torch.full((400,), 8), 400)
-    selector = ForcedSelector(inner=TopBudget(token_budget=64), miss=0.5)
+    selector = ForcedSelector(selector=TopBudget(token_budget=64), miss=0.5)
     for layer_idx in (0, 0, 1):
         layout = evolve(make_layout(batch_size=HEADS[0], num_kv_heads=HEADS[1]), layer_idx=layer_idx)
         selector.select(make_inputs(layout, torch.ones(HEADS, dtype=torch.bool)), torch.zeros(*HEADS, 400), units)
