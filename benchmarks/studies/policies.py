@@ -3,10 +3,13 @@
     kvframe ablate benchmarks/studies/policies.py
 
 Needles and a verbatim copy at 4K; 32 sinks, 128 recent tokens, and 256 that are retrieved, or as many more recent
-tokens where nothing is. The environment's variables are those of long_context.py; POLICIES=quest,arkvale takes others.
+tokens where nothing is. The environment's variables are those of long_context.py; POLICIES=quest,louiskv:cluster_size=8
+takes others, a policy's options behind its name.
 """
 
+import ast
 import os
+from collections.abc import Iterator
 
 from long_context import COMMON, SIZES, budgets
 
@@ -15,26 +18,26 @@ import kvframe.eval
 
 DROPS = ("snapkv",)
 """Selects once, after the prompt, and drops the rest."""
-names = os.environ.get("POLICIES", "oracle_topk,louiskv,louiskv-plus,clusterkv,quest,arkvale,snapkv").split(",")
+DEFAULT = "oracle_topk,louiskv,louiskv-plus,clusterkv,quest,arkvale,snapkv,window"
 
 
-def every_step(name: str) -> kvframe.Policy:
-    """The policy, selecting at every step where it can."""
-    policy = kvframe.policy(name, **SIZES)
-    return policy if name in DROPS else policy.swap(trigger=kvframe.EveryStep())
+def policies(entry: str) -> Iterator[kvframe.Policy]:
+    """What an entry of POLICIES stands for, selecting at every step where it can; a window for every budget."""
+    name, *options = entry.split(":")
+    if name == "window":
+        for budget in budgets:
+            size = 128 + budget
+            policy = kvframe.policy("window", dense_layers=(0, 1), sink_size=32, window_size=size)
+            yield policy.swap(name=f"window of {size}")
+        return
+    own = {key: ast.literal_eval(value) for key, _, value in (option.partition("=") for option in options)}
+    policy = kvframe.policy(name, **SIZES, **own).swap(name=entry)
+    yield policy if name in DROPS else policy.swap(trigger=kvframe.EveryStep())
 
 
 study = kvframe.eval.Study(
     title="Policies at equal totals, every step",
-    policies=[
-        *map(every_step, names),
-        *(
-            kvframe.policy("window", dense_layers=(0, 1), sink_size=32, window_size=128 + budget).swap(
-                name=f"window of {128 + budget}"
-            )
-            for budget in budgets
-        ),
-    ],
+    policies=[policy for entry in os.environ.get("POLICIES", DEFAULT).split(",") for policy in policies(entry)],
     token_budget=budgets,
     **COMMON,
 )
