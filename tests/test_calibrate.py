@@ -431,6 +431,16 @@ def test_triggers_that_cannot(trigger: kvframe.Trigger, words: str, model: Any) 
         calibrate(model, [text(60)], retrieval_rate=0.1, trigger=trigger)
 
 
+def test_a_dense_layer_may_miss_the_rate(model: Any) -> None:
+    """It gets what comes nearest; a layer that retrieves may not."""
+    trigger, texts = SemanticTrigger(max_age=2), [text(60)]
+    with pytest.raises(ConfigError, match="in layer 3: it comes as near as"):
+        calibrate(model, texts, retrieval_rate=0.1, trigger=trigger, dense_layers=(0, 1, 2))
+    found = calibrate(model, texts, retrieval_rate=0.1, trigger=trigger, dense_layers=(0, 1, 2, 3))
+
+    assert all(rate is not None and rate > 0.45 for rate in found.achieved)
+
+
 def test_a_file_from_before_anchors(model: Any) -> None:
     """What knows of no anchor is read as having none."""
     data = calibrate(model, [text(50)]).to_dict()
