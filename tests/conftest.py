@@ -17,7 +17,8 @@ from kvframe.models import find_smollm2
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Of several processes (pytest -n 2) each has a core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 # Nothing in it depends on how fast the machine is, or on what an earlier run left behind.
 settings.register_profile(
