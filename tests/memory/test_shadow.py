@@ -13,7 +13,8 @@ from kvframe.testing.strategies import cases, compositions
 
 @given(policy=compositions(), case=cases())
 def test_full_attention_and_the_same_decisions(policy: Policy, case: Case):
-    """Outputs are those of full attention; the policy attends, in thought, to what it attends to in `dense`."""
+    """Outputs are those of full attention; the policy attends, in thought, to what it attends to in `dense`, unless it
+    has dropped there what full attention still has."""
     layer = case.layer(policy, "shadow")
     text = case.text(layer.layout)
     expected = causal_attention_over(text, case, layer.layout)
@@ -21,7 +22,8 @@ def test_full_attention_and_the_same_decisions(policy: Policy, case: Case):
     outputs = torch.cat([expected[:, :, call.start : call.stop] for call in case.calls() if not call.is_prompt], 2)
 
     torch.testing.assert_close(torch.cat(trace.outputs, 2), outputs, atol=1e-10, rtol=1e-10)
-    assert trace.attended == play(case.layer(policy, "dense"), text, case).attended
+    if not policy.transfer.drops:
+        assert trace.attended == play(case.layer(policy, "dense"), text, case).attended
 
 
 def full_weights(text: Text, case: Case, layout: LayerLayout, column: int, batch: int, head: int) -> torch.Tensor:
