@@ -37,7 +37,7 @@ def selections(token_budget: int) -> dict[str, kvframe.Policy]:
     """By what they are called, all selecting anew at every step."""
     sizes = {"token_budget": token_budget, **SIZES}
     louiskv = kvframe.policy("louiskv", **sizes)
-    plus = kvframe.policy("louiskv-plus", **sizes)
+    plus = kvframe.policy("louiskv-plus", missed_share=None, **sizes)
     sketch: Any = plus.selector.selector
 
     def but(**options: Any) -> kvframe.Policy:

@@ -87,6 +87,16 @@ class Policy:
                 f"{type(self.selector).__name__} works with mean keys and values of units, and {self.scorer!r} keeps "
                 "none; use a scorer that does, such as MeanKey(keep_values=True)"
             )
+        if self.trigger.reviews and not self.selector.ranks:
+            raise ConfigError(
+                f"{type(self.trigger).__name__} asks which share of the attention a token would get, and "
+                f"{self.selector!r} does not weigh tokens; use a selector that does, such as SketchRerank()"
+            )
+        if self.trigger.reviews and self.transfer.drops:
+            raise ConfigError(
+                f"{type(self.trigger).__name__} looks for tokens that are missed, and {type(self.transfer).__name__} "
+                "drops what it misses for good; use a transfer that keeps everything, such as HostPool"
+            )
         if self.units.regroup_size is not None and self.transfer.drops:
             raise ConfigError(
                 f"{self.units!r} groups old tokens anew, and {type(self.transfer).__name__} keeps only what is "

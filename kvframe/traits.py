@@ -42,6 +42,8 @@ def traits_of(policy: Policy) -> Traits:
     """The traits of a composition."""
     parts = {slot: list(policy.stage(slot).with_parts()) for slot in SLOTS}
     every = [stage for slot in SLOTS for stage in parts[slot]]
+    # Parts of a trigger that reviews say where segments are cut, which asks for no threshold that fits the model.
+    deciding = [stage for stage in every if not (policy.trigger.reviews and stage in parts["trigger"][1:])]
     is_dense = policy.dense_layers == "all"
     reads: dict[Reads, bool] = {
         "prompt attention": policy.scorer.reads_prompt,
@@ -58,7 +60,7 @@ def traits_of(policy: Policy) -> Traits:
         reads=tuple(what for what, asked in reads.items() if asked),
         calibrated=tuple(
             dict.fromkeys(
-                option for stage in every for option in stage.calibrated if getattr(stage, option) is not None
+                option for stage in deciding for option in stage.calibrated if getattr(stage, option) is not None
             )
         ),
         capturable=all(stage.capturable for stage in every),

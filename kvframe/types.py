@@ -94,6 +94,9 @@ class StepInputs:
     """float32 [F, B, H, R], what the scorer has noted of every token, by row; None for a scorer that takes no notes."""
     full: Tensor | None = None
     """bool [B, H], the heads that attend to everything in this step; None where none ever does."""
+    kept_lse: Tensor | None = None
+    """[B, Hq], at least float32: the log-sum-exp of the scaled scores of sinks and window, which are attended to
+    whatever is selected; None unless the trigger reviews."""
     token_ids: Tensor | None = None
     """int64 [B], the id of this token; None unless a stage asks for ids."""
     row_bytes: int = 0
@@ -151,6 +154,19 @@ class Decision:
     """bool [B, H]: the heads that attend to everything in this step. Only of a trigger that says `attends_in_full`."""
     event: Tensor | None = None
     """bool [B, H]: the heads whose text turns to something else, which cuts segments; None where `due` says so."""
+
+
+@frozen(eq=False)
+class Candidates:
+    """Tokens that a selector chooses from."""
+
+    rows: Tensor
+    """int64 [B, H, n], each row once; anything behind the count."""
+    count: Tensor
+    """int64 [B, H]"""
+    shares: Tensor
+    """Floating point [B, H, n]: the share of a head's attention that each would get, mean over its query heads, as far
+    as the device can tell; -inf behind the count."""
 
 
 @frozen(eq=False)

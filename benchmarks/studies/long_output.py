@@ -10,7 +10,8 @@ use, prompts included; on what is generated it fires at one step in ten, so that
 that of the model's directory.
 
 In the environment, MODEL=DIRECTORY takes another model than SmolLM2, DTYPE=bfloat16 another dtype, as for a GPU,
-SEEDS=16 more seeds, STRIDES=8,16 other strides, TOKENS=2304 a longer output, and PLUS=1 LouisKV-plus as well.
+SEEDS=16 more seeds, STRIDES=8,16 other strides, TOKENS=2304 a longer output, and PLUS=1 LouisKV-plus as well: with its
+own trigger, and with LouisKV's.
 """
 
 import os
@@ -28,6 +29,10 @@ tau = Calibration.load(Path(__file__).parent / "tau" / f"{Path(model).name}-reli
 tokens = int(os.environ.get("TOKENS", "1152"))
 strides = [int(stride) for stride in os.environ.get("STRIDES", "10,16").split(",")]
 
+plus = [
+    kvframe.policy("louiskv-plus", tau=tau, **SIZES),
+    kvframe.policy("louiskv-plus", tau=tau, missed_share=None, **SIZES).swap(name="louiskv-plus, LouisKV's trigger"),
+]
 study = kvframe.eval.Study(
     title=f"Long output: {Path(model).name}, a table written twice",
     model=model,
@@ -35,7 +40,7 @@ study = kvframe.eval.Study(
     tasks=[kvframe.eval.task("relisting", output_tokens=tokens)],
     base=kvframe.policy("louiskv", tau=tau, **SIZES),
     vary={"trigger": [kvframe.FixedStride(stride=stride) for stride in strides]},
-    policies=[kvframe.policy("louiskv-plus", tau=tau, **SIZES)] if os.environ.get("PLUS") else [],
+    policies=plus if os.environ.get("PLUS") else [],
     context=tokens + 256,
     seeds=range(int(os.environ.get("SEEDS", "8"))),
     metrics=[*kvframe.eval.DEFAULT_METRICS, "kl_by_token", "retrieval_rate_by_layer", "segment_lengths"],

@@ -1,15 +1,17 @@
-"""What each option of the trigger is worth, at one retrieval rate.
+"""When to retrieve: louiskv-plus by what it misses, by LouisKV's trigger, and what each option of that is worth.
 
     python benchmarks/studies/plus_trigger.py
     kvframe ablate benchmarks/studies/plus_trigger.py
 
-The first command finds thresholds such that every variant fires on a tenth of the steps of four thousand tokens of
-prose, and leaves them in tau/; the second runs the study. LouisKV with one tau for the model, as published, with each
-option alone; louiskv-plus, with all of them, and with all but each; both at every step beside them. The environment's
-variables are those of long_context.py.
+The second command runs the study: LouisKV and louiskv-plus at every step; louiskv-plus with its own trigger, at several
+shares that a token may be missed by; and with LouisKV's, as published and with all options. OPTIONS=1 adds its own
+trigger with other parts, LouisKV with each option alone, and louiskv-plus with all but each. Thresholds of LouisKV's
+trigger are in tau/: the first command finds them, such that every variant fires on a tenth of the steps of four
+thousand tokens of prose. The environment's other variables are those of long_context.py.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import kvframe.eval
 from kvframe.calibration import Calibration
 
 RATE = 0.1
+SHARES = (0.01, 0.02, 0.03, 0.05, 0.1)
 FILE = Path(__file__).parent / "tau" / f"{Path(model).name}-plus.json"
 
 VARIANTS = {
@@ -73,22 +76,35 @@ def policies() -> list[kvframe.Policy]:
         calibrated = thresholds[variant]
         set_to = {key: value for key, value in calibrated.options.items() if key != "rope"}
         made = attrs.evolve(trigger(VARIANTS[variant]), **set_to)
-        return kvframe.policy(base, **SIZES).swap(name=f"{base}, {variant}", trigger=made)
+        return kvframe.policy(base, **SIZES).swap(name=f"{base}, LouisKV's trigger, {variant}", trigger=made)
 
     every_step = [
         kvframe.policy(name, **SIZES).swap(name=f"{name}, every step", trigger=kvframe.EveryStep())
         for name in ("louiskv", "louiskv-plus")
     ]
-    alone = [make("louiskv", name) for name in VARIANTS if not name.startswith("all")]
-    together = [make("louiskv-plus", name) for name in VARIANTS if name.startswith("all")]
-    return [*every_step, *alone, make("louiskv-plus", "as published"), *together]
+    own = [
+        kvframe.policy("louiskv-plus", **SIZES, missed_share=share).swap(name=f"louiskv-plus, misses up to {share}")
+        for share in SHARES
+    ]
+    published = [make("louiskv", "as published"), make("louiskv-plus", "as published"), make("louiskv-plus", "all")]
+    if not os.environ.get("OPTIONS"):
+        return [*every_step, *own, *published]
+    parts: dict[str, dict[str, Any]] = {"no estimate": {"estimate": False}, "runs of 4": {"run_length": 4}}
+    parts |= {"a quarter of the candidates": {"oversample": 4}, "sketch of 2 bits": {"bits": 2}}
+    own += [
+        kvframe.policy("louiskv-plus", **SIZES, **part).swap(name=f"louiskv-plus, {name}")
+        for name, part in parts.items()
+    ]
+    alone = [make("louiskv", name) for name in VARIANTS if name.endswith("alone")]
+    together = [make("louiskv-plus", name) for name in VARIANTS if name.startswith("all but")]
+    return [*every_step, *own, *published, *alone, *together]
 
 
 if __name__ == "__main__":
     calibrate()
 else:
     study = kvframe.eval.Study(
-        title="The options of LouisKV's trigger, one by one, at a rate of 10 % on prose",
+        title="When to retrieve",
         policies=policies(),
         token_budget=budgets,
         **COMMON,

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from kvframe.bench.case import Call, Case, KernelSizes, due_or_not, each, unit_offsets
+from kvframe_kernels.append_token import Slots
 from kvframe_kernels.key_sketch import Centres, Sketch, sketch_scores, window_sketch
+from kvframe_kernels.missed_share import kept_lse, missed_share
 from kvframe_kernels.packing import packed_size
 from kvframe_kernels.select_units import select_runs
 from kvframe_kernels.unattended_tokens import unattended_tokens
@@ -43,14 +45,11 @@ def _sketch_scores(sizes: KernelSizes) -> list[Case]:
         torch.rand(*heads, sizes.context, 1, device=device).to(sizes.dtype),
     )
     means = sizes.random(*heads, sizes.num_units, sizes.head_dim)
-    offsets = sizes.unit_size * torch.arange(sizes.num_units + 2, dtype=torch.int32, device=device)
-    num_units = torch.full(heads, sizes.num_units, dtype=torch.int64, device=device)
-    centres = Centres(means, offsets.expand(*heads, -1).contiguous(), num_units)
     channels = 1 + torch.rand(*heads, sizes.head_dim, device=device)
     query = sizes.random(1, sizes.num_qo_heads, sizes.head_dim)
     drawn, count = _candidates(sizes)
-    # Of a candidate its row, its sketch and its score; and the mean key of every unit.
-    of_candidates = drawn.numel() * (8 + code_bytes + sizes.dtype.itemsize + 4)
+    # Of a candidate its row and its unit, its sketch and its score; and the mean key of every unit.
+    of_candidates = drawn.numel() * (12 + code_bytes + sizes.dtype.itemsize + 4)
     num_bytes = of_candidates + drawn.numel() // sizes.unit_size * sizes.head_dim * sizes.dtype.itemsize
 
     def make(due: bool) -> list[Call]:
@@ -58,6 +57,7 @@ def _sketch_scores(sizes: KernelSizes) -> list[Case]:
 
         def call(_: int) -> Call:
             rows = _candidates(sizes)[0]
+            centres = Centres(means, (rows // sizes.unit_size).int())
             return lambda: sketch_scores(
                 query,
                 rows,
@@ -73,6 +73,37 @@ def _sketch_scores(sizes: KernelSizes) -> list[Case]:
         return each(call, sizes.copies(num_bytes))
 
     return due_or_not("sketch_scores", make, num_bytes)
+
+
+def _missed_share(sizes: KernelSizes) -> list[Case]:
+    drawn, count = _candidates(sizes)
+    num_bytes = 12 * drawn.numel() + 8 * sizes.num_kv_heads * sizes.token_budget
+    marks = torch.zeros(*sizes.heads, -(-sizes.context // 32), dtype=torch.int32, device=sizes.device)
+
+    def call(_: int) -> Call:
+        rows, shares = _candidates(sizes)[0], torch.rand(drawn.shape, device=sizes.device)
+        resident = torch.rand(*sizes.heads, sizes.context, device=sizes.device).argsort(-1)[..., : sizes.token_budget]
+        resident = resident.contiguous()
+        return lambda: missed_share(resident, rows, count, shares, marks, sizes.context)
+
+    calls = each(call, sizes.copies(num_bytes))
+    return [Case(op="missed_share", state="every step", calls=calls, num_bytes=num_bytes)]
+
+
+def _kept_lse(sizes: KernelSizes) -> list[Case]:
+    num_slots = sizes.sink_size + sizes.token_budget + sizes.window_size + sizes.max_segment
+    num_kept = num_slots - sizes.token_budget
+    bias = torch.zeros(*sizes.heads, num_slots, dtype=sizes.dtype, device=sizes.device)
+    resident = torch.zeros(*sizes.heads, sizes.token_budget, dtype=torch.int64, device=sizes.device)
+    query = sizes.random(1, sizes.num_qo_heads, sizes.head_dim)
+    num_bytes = sizes.num_kv_heads * num_kept * (sizes.head_dim + 1) * sizes.dtype.itemsize
+
+    def call(_: int) -> Call:
+        keys = sizes.random(*sizes.heads, num_slots, sizes.head_dim)
+        slots = Slots(keys, keys, bias, resident, sizes.sink_size)
+        return lambda: kept_lse(query, slots, sizes.head_dim**-0.5)
+
+    return [Case(op="kept_lse", state="every step", calls=each(call, sizes.copies(num_bytes)), num_bytes=num_bytes)]
 
 
 def _select_runs(sizes: KernelSizes) -> list[Case]:
@@ -119,5 +150,5 @@ def _window_sketch(sizes: KernelSizes) -> list[Case]:
 
 
 ESTIMATE_CASES: tuple[Callable[[KernelSizes], list[Case]], ...] = (
-    _unattended_tokens, _sketch_scores, _select_runs, _window_sketch,
+    _unattended_tokens, _sketch_scores, _kept_lse, _missed_share, _select_runs, _window_sketch,
 )  # fmt: skip

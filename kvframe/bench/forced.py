@@ -15,7 +15,7 @@ from kvframe.bench.forced_reference import forced_scores_reference, scheduled_du
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
 from kvframe.stages import SelectorAround, SketchRerank, Trigger
-from kvframe.types import Decision, LayerLayout, Selection, StepInputs, UnitTable
+from kvframe.types import Candidates, Decision, LayerLayout, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -51,7 +51,7 @@ class ScheduledTrigger(Trigger):
     """Due at the first step after the prompt, then at steps drawn beforehand for every layer and sequence.
 
     Of `num_steps` steps, exactly the rounded share `rate` is due; afterwards the schedule repeats. `inner` runs at
-    every step, and its answer is dropped.
+    every step, and reviews where it does; its answer is dropped.
     """
 
     name: ClassVar[str] = "scheduled"
@@ -77,19 +77,27 @@ class ScheduledTrigger(Trigger):
             due=torch.zeros(heads, dtype=torch.bool, device=layout.device),
         )
 
+    @property
+    def reviews(self) -> bool:
+        return self.inner.reviews
+
     def begin(self, query: Tensor, state: ScheduledState) -> None:
         self.inner.begin(query, state.inner)
         state.steps.zero_()
 
     def step(self, inputs: StepInputs, state: ScheduledState) -> Decision:
-        self.inner.step(inputs, state.inner)
+        decision = self.inner.step(inputs, state.inner)
         if state.due.device.type == "cpu":
             scheduled_due_reference(state.steps, state.schedule, state.due)
         else:
             from kvframe.bench.forced_kernel import scheduled_due_triton
 
             scheduled_due_triton(state.steps, state.schedule, state.due)
-        return Decision(due=state.due)
+        return Decision(due=decision.due, event=state.due) if self.reviews else Decision(due=state.due)
+
+    def review(self, inputs: StepInputs, missed: Tensor, state: ScheduledState) -> Tensor:
+        self.inner.review(inputs, missed, state.inner)
+        return state.due
 
 
 @frozen(kw_only=True, slots=False)
@@ -148,6 +156,16 @@ class ForcedSelector(SelectorAround):
                 raise ConfigError("ForcedSelector must run one step before it is captured in a CUDA graph")
             self._starts[key] = torch.zeros(due.shape, dtype=torch.int64, device=due.device)
         return self._starts[key]
+
+    @property
+    def ranks(self) -> bool:
+        return self.selector.ranks
+
+    def choose(
+        self, inputs: StepInputs, candidates: Candidates, scores: Tensor, units: UnitTable
+    ) -> Selection | tuple[Tensor, Tensor]:
+        # A review has looked at candidates of the policy's own, at their full price.
+        return self.select(inputs, scores, units)
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         due = inputs.due

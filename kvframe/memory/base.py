@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from kvframe.memory.pool import Traffic
-from kvframe.types import LeavingUnits, UnitTable
+from kvframe.types import Candidates, LeavingUnits, UnitTable
 from kvframe_kernels.slot_attention import Entries
 
 
@@ -116,6 +116,14 @@ class LayerMemory(ABC):
     @abstractmethod
     def unattended(self, units: UnitTable) -> Tensor:
         """Whole numbers [B, H, U]: tokens of each unit that attention does not see; 0 where there is no unit."""
+
+    @abstractmethod
+    def kept_lse(self, query: Tensor) -> Tensor:
+        """Log-sum-exp of the scaled scores of sinks and window, [B, Hq] in at least float32; query [B, Hq, D]."""
+
+    @abstractmethod
+    def missed_share(self, candidates: Candidates) -> Tensor:
+        """The largest share of a candidate that is not resident, [B, H]; 0 where there is none."""
 
     def step_is_over(self) -> None:  # noqa: B027, most have nothing to do
         """A decode step has attended; what it did not keep may be let go where the store drops."""

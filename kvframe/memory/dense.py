@@ -9,7 +9,7 @@ from kvframe.memory.base import LayerMemory
 from kvframe.memory.codec import Codec
 from kvframe.memory.ledger import LENGTH, RESIDENT, Ledger
 from kvframe.memory.pool import Traffic
-from kvframe.types import LayerLayout, LeavingUnits, UnitTable
+from kvframe.types import Candidates, LayerLayout, LeavingUnits, UnitTable
 from kvframe_kernels.select_units import ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
 from kvframe_kernels.slot_attention import Entries, slot_attention, slot_attention_reference
 
@@ -172,10 +172,14 @@ class DenseMemory(LayerMemory):
 
     def attended(self) -> Tensor:
         """bool [B, H, R]: what attention sees."""
+        return self.resident | self._kept()
+
+    def _kept(self) -> Tensor:
+        """bool [B, H, R]: sinks and window."""
         rows, ledger = self._rows(), self._ledger
         length = ledger.counts[LENGTH][..., None]
         recent = (rows >= length - ledger.window[..., None]) & (rows < length)
-        return self.resident | (rows < ledger.sinks[..., None]) | recent
+        return (rows < ledger.sinks[..., None]) | recent
 
     def attend(self, query: Tensor, tail: tuple[Tensor, Tensor] | None, entries: Entries | None = None) -> Tensor:
         return self._attend_where(self.attended(), query, self._as_seen(), tail, entries)
@@ -214,11 +218,23 @@ class DenseMemory(LayerMemory):
         everywhere = self._weights_where(self._exists(), query, self._as_stored()[0])
         return torch.where(full[..., None, None], everywhere, weights)
 
+    def kept_lse(self, query: Tensor) -> Tensor:
+        return self._scores_where(self._kept(), query, self.keys).logsumexp(-1).flatten(1)
+
+    def missed_share(self, candidates: Candidates) -> Tensor:
+        exists = torch.arange(candidates.rows.shape[-1], device=self._layout.device) < candidates.count[..., None]
+        missing = exists & ~self.resident.gather(-1, torch.where(exists, candidates.rows, 0))
+        return candidates.shares.masked_fill(~missing, 0).amax(-1).clamp(min=0)
+
     def _weights_where(self, visible: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+        return self._scores_where(visible, query, keys).softmax(-1)
+
+    def _scores_where(self, visible: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+        """Scaled scores [B, H, G, R] of a query [B, Hq, D] in at least float32, -inf for a row that is not visible."""
         layout = self._layout
         grouped = (query * layout.sm_scale).view(*visible.shape[:2], -1, layout.head_dim)
         scores = torch.matmul(grouped, keys.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32))
-        return scores.masked_fill(~visible[:, :, None], -math.inf).softmax(-1)
+        return scores.masked_fill(~visible[:, :, None], -math.inf)
 
     def unattended(self, units: UnitTable) -> Tensor:
         before = torch.nn.functional.pad(self.resident.cumsum(-1), (1, 0))

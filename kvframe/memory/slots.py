@@ -9,7 +9,7 @@ from torch import Tensor
 from kvframe.memory.base import LayerMemory
 from kvframe.memory.ledger import LENGTH, Ledger
 from kvframe.memory.pool import RowStore, Traffic
-from kvframe.types import LayerLayout, LeavingUnits, UnitTable
+from kvframe.types import Candidates, LayerLayout, LeavingUnits, UnitTable
 from kvframe_kernels.append_token import Slots, append_token, leave_window
 from kvframe_kernels.select_units import exchange_resident
 from kvframe_kernels.slot_attention import Entries, slot_attention
@@ -241,6 +241,17 @@ class SlotMemory(LayerMemory):
         from kvframe_kernels.unattended_tokens import unattended_tokens
 
         return unattended_tokens(self.slots.resident_rows, units.offsets, units.num_units, units.max_units)
+
+    def kept_lse(self, query: Tensor) -> Tensor:
+        from kvframe_kernels.missed_share import kept_lse
+
+        return kept_lse(query, self.slots, self._layout.sm_scale)
+
+    def missed_share(self, candidates: Candidates) -> Tensor:
+        from kvframe_kernels.missed_share import missed_share
+
+        rows, count, shares = candidates.rows, candidates.count, candidates.shares
+        return missed_share(self.slots.resident_rows, rows, count, shares, self._marks, self._store.num_rows)
 
     def step_is_over(self) -> None:
         self._store.step_is_over()

@@ -353,7 +353,16 @@ class RetrievalLayer(LayerRuntime):
         if self._survivors is not None:
             gone = ~self._survivors.units(units.offsets, units.max_units)
             scores = scores.masked_fill(gone, -math.inf)
-        selection = Selection.of(policy.selector.select(inputs, scores, units))
+        if policy.trigger.reviews:
+            inputs = evolve(inputs, kept_lse=self.memory.kept_lse(inputs.query))
+            candidates = policy.selector.candidates(inputs, scores, units)
+            missed = self.memory.missed_share(candidates)
+            inputs = evolve(inputs, due=policy.trigger.review(inputs, missed, self._states.trigger))
+            if not self._worth_doing(inputs.due):
+                return
+            selection = Selection.of(policy.selector.choose(inputs, candidates, scores, units))
+        else:
+            selection = Selection.of(policy.selector.select(inputs, scores, units))
         rows, count = selection.rows, selection.count
         if self._survivors is not None:
             rows, count = self._survivors.among(only_due(rows, count, inputs.due)[0])

@@ -5,6 +5,7 @@ from kvframe.stages.base import SLOTS, Slot, Stage
 from kvframe.stages.clusters import ClusterUnits
 from kvframe.stages.drop import Drop
 from kvframe.stages.estimate import EstimateRest
+from kvframe.stages.missed import MissedShare
 from kvframe.stages.quantized import QuantizedHostPool
 from kvframe.stages.regrouped import RegroupedUnits
 from kvframe.stages.rerank import SketchRerank
@@ -25,6 +26,7 @@ __all__ = [
     "HostPool",
     "KeepOnDevice",
     "MeanKey",
+    "MissedShare",
     "Never",
     "Once",
     "PageUnits",

@@ -6,13 +6,16 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.selector import Selector
-from kvframe.types import LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
+from kvframe.types import Candidates, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import part
 
 
 @frozen(kw_only=True)
 class SelectorAround(Selector):
-    """What selectors that change another one's selection have in common: as it stands here, it is the other's."""
+    """What selectors that change another one's selection have in common: as it stands here, it is the other's.
+
+    Whether it `ranks` is left to each of them: one that changes `select` has to change `choose` as well.
+    """
 
     selector: Selector = field(validator=part(Selector))
     """Selects first."""
@@ -28,6 +31,9 @@ class SelectorAround(Selector):
     @property
     def capacity(self) -> int:
         return self.selector.capacity
+
+    def budget_in(self, layout: LayerLayout) -> int:
+        return self.selector.budget_in(layout)
 
     def capacity_in(self, layout: LayerLayout) -> int:
         return self.selector.capacity_in(layout)
@@ -46,3 +52,11 @@ class SelectorAround(Selector):
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Selection | tuple[Tensor, Tensor]:
         return self.selector.select(inputs, scores, units)
+
+    def candidates(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Candidates:
+        return self.selector.candidates(inputs, scores, units)
+
+    def choose(
+        self, inputs: StepInputs, candidates: Candidates, scores: Tensor, units: UnitTable
+    ) -> Selection | tuple[Tensor, Tensor]:
+        return self.selector.choose(inputs, candidates, scores, units)

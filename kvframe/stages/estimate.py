@@ -21,3 +21,7 @@ class EstimateRest(SelectorAround):
     capturable: ClassVar[bool] = True
     estimates: ClassVar[bool] = True
     waives: ClassVar[frozenset[Invariant]] = frozenset({Invariant.ATTENDED_ONLY})
+
+    @property
+    def ranks(self) -> bool:
+        return self.selector.ranks

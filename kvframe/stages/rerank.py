@@ -7,7 +7,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.selector import Selector
-from kvframe.types import LeavingUnits, StepInputs, UnitTable
+from kvframe.types import Candidates, LeavingUnits, StepInputs, UnitTable
 from kvframe.validators import integer, one_of
 
 
@@ -17,7 +17,8 @@ class SketchRerank(Selector):
 
     The sketch of a key is its difference to the mean key of its unit in a few bits, kept on the device; what a token's
     score misses is then a small part of a small number. Scores of tokens are made one per KV head as those of units:
-    softmax over the candidates for every query head, then the mean over the heads of a group.
+    softmax over the candidates for every query head, then the mean over the heads of a group. Where a trigger reviews,
+    the softmax is over sinks and window as well, so that a score is a share of all attention.
     """
 
     name: ClassVar[str] = "sketch-rerank"
@@ -48,6 +49,10 @@ class SketchRerank(Selector):
         return True
 
     @property
+    def ranks(self) -> bool:
+        return True
+
+    @property
     def scales_channels(self) -> bool:
         return self.scales == "channel"
 
@@ -67,14 +72,26 @@ class SketchRerank(Selector):
         )  # fmt: skip
 
     def select(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> tuple[Tensor, Tensor]:
+        return self.choose(inputs, self.candidates(inputs, scores, units), scores, units)
+
+    def candidates(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Candidates:
         from kvframe_kernels.key_sketch import Centres, Sketch, sketch_scores
-        from kvframe_kernels.select_units import select_runs, select_units
+        from kvframe_kernels.select_units import select_candidates
 
         assert units.means is not None, "asked for by needs_means"
         # In the order of the store, so that runs are runs and ties go to the lower row.
-        rows, count = select_units(scores, units.offsets, self.num_candidates, in_order=True, due=inputs.due)
-        weights = sketch_scores(
+        rows, count, unit_ids = select_candidates(scores, units.offsets, self.num_candidates, due=inputs.due)
+        shares = sketch_scores(
             inputs.query, rows, count, Sketch.of(units.row_index), self.bits, inputs.layout.sm_scale,
-            channels=units.channels, centres=Centres(units.means[0], units.offsets, units.num_units), due=inputs.due,
+            channels=units.channels, centres=Centres(units.means[0], unit_ids),
+            kept_lse=inputs.kept_lse, due=inputs.due,
         )  # fmt: skip
-        return select_runs(weights, rows, count, self.run_length, self.token_budget, due=inputs.due)
+        return Candidates(rows, count, shares)
+
+    def choose(
+        self, inputs: StepInputs, candidates: Candidates, scores: Tensor, units: UnitTable
+    ) -> tuple[Tensor, Tensor]:
+        from kvframe_kernels.select_units import select_runs
+
+        rows, count, shares = candidates.rows, candidates.count, candidates.shares
+        return select_runs(shares, rows, count, self.run_length, self.token_budget, due=inputs.due)

@@ -9,7 +9,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from kvframe.stages.base import Slot, Stage
-from kvframe.types import Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
+from kvframe.types import Candidates, Invariant, LayerLayout, LeavingUnits, Selection, StepInputs, UnitTable
 from kvframe.validators import integer
 
 
@@ -26,9 +26,19 @@ class Selector(Stage):
         return self.estimates
 
     @property
+    def ranks(self) -> bool:
+        """Whether a selection is `choose` among `candidates`, each with its share of the attention; a trigger that
+        reviews looks at these in between."""
+        return False
+
+    @property
     @abstractmethod
     def capacity(self) -> int:
         """Rows that a head gets on average, where there are as many."""
+
+    def budget_in(self, layout: LayerLayout) -> int:
+        """Rows that a head of a layer selects, where there are as many. The capacity, unless layers differ."""
+        return self.capacity
 
     def capacity_in(self, layout: LayerLayout) -> int:
         """The most rows that one head of a layer can get; slots are sized by it. The capacity, unless heads or layers
@@ -83,6 +93,17 @@ class Selector(Stage):
         Returns (rows, count), or a Selection: int64 [B, H, capacity_in], each row once, with -1 behind the count, and
         int64 [B, H]; anything where `inputs.due` is False.
         """
+
+    def candidates(self, inputs: StepInputs, scores: Tensor, units: UnitTable) -> Candidates:
+        """The first half of `select`, where the selector `ranks`: the tokens that the best units hold, with their
+        shares. Anything where `inputs.due` is False."""
+        raise NotImplementedError(f"{type(self).__name__} says that it ranks, and defines no candidates")
+
+    def choose(
+        self, inputs: StepInputs, candidates: Candidates, scores: Tensor, units: UnitTable
+    ) -> Selection | tuple[Tensor, Tensor]:
+        """The second half: rows as `select` returns them; `inputs.due` may have become narrower in between."""
+        raise NotImplementedError(f"{type(self).__name__} says that it ranks, and defines no choose")
 
 
 def best_rows(

@@ -26,6 +26,11 @@ class Trigger(Stage):
         """Whether decisions may have heads select for the next step."""
         return False
 
+    @property
+    def reviews(self) -> bool:
+        """Whether `review` has the last word on the heads that are due. Needs a selector that `ranks`."""
+        return False
+
     @abstractmethod
     def init(self, layout: LayerLayout) -> Any:
         """Running state of one layer."""
@@ -40,6 +45,14 @@ class Trigger(Stage):
     @abstractmethod
     def step(self, inputs: StepInputs, state: Any) -> Decision:
         """One generated token."""
+
+    def review(self, inputs: StepInputs, missed: Tensor, state: Any) -> Tensor:
+        """Of the heads that are due, those that retrieve after all: bool [B, H].
+
+        missed: floating point [B, H], the largest share of a head's attention, mean over its query heads, that a token
+        would get which is not on the device, as far as the selector can tell. Called after `step`, where `reviews`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it reviews, and defines no review")
 
 
 def _everywhere(value: bool, layout: LayerLayout) -> Tensor:

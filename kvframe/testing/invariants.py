@@ -148,13 +148,14 @@ def budget_is_exact(policy: Policy, case: Case, execution: Execution) -> None:
     before: dict[tuple[int, int], list[int]] = {}
     ahead: Tensor | None = None
     for call, _ in run.calls():
-        decision = next((made for made in tape.decisions if isinstance(made, Decision)), None)
+        decisions = [made for made in tape.decisions if isinstance(made, Decision)]
         tape.decisions.clear()
         if call.is_prompt:
             before, ahead = {}, None
             continue
-        if decision is None:
+        if not decisions:
             raise Broken(f"step at column {call.start}: the trigger was not asked")
+        decision = decisions[-1]  # on review, where the trigger reviews
         # What the step before asked for ahead is selected in this one.
         due = decision.due if ahead is None else decision.due | ahead
         ahead = decision.ahead
@@ -163,11 +164,11 @@ def budget_is_exact(policy: Policy, case: Case, execution: Execution) -> None:
                 before.pop((batch, head), None)  # attends to everything, whatever is selected
                 continue
             now = run.retrieved(batch, head, call)
-            budget = min(policy.selector.capacity, sum(map(len, run.units(batch, head))))
+            budget = min(policy.selector.budget_in(run.layer.layout), sum(map(len, run.units(batch, head))))
             if due[batch, head] and len(now) != budget:
                 raise Broken(
                     f"{where(call, batch, head)}: a selection is due, and {len(now)} tokens are retrieved, "
-                    f"expected {budget} (a budget of {policy.selector.capacity})"
+                    f"expected {budget} (a budget of {policy.selector.budget_in(run.layer.layout)})"
                 )
             if not due[batch, head]:
                 gone = sorted(set(before.get((batch, head), [])) - set(now))

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvframe.composition import Policy
 from kvframe.testing.altered import altered
+from kvframe.types import Decision
 
 
 class Tape:
@@ -25,10 +26,15 @@ class Tape:
         self.decisions.append(decision)
         return decision
 
+    def _review(self, decide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a trigger says on review, as a decision of its own."""
+        made = self(lambda *args, **kwargs: Decision(due=decide(*args, **kwargs)), *args, **kwargs)
+        return made.due
+
     def wrap(self, policy: Policy) -> Policy:
         """The policy with its deciding stages on this tape."""
         return policy.swap(
-            trigger=altered(policy.trigger, step=self),
+            trigger=altered(policy.trigger, step=self, review=self._review),
             units=altered(policy.units, build_block=self, boundary=self),
-            selector=altered(policy.selector, select=self),
+            selector=altered(policy.selector, select=self, choose=self),
         )

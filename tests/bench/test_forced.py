@@ -13,7 +13,10 @@ from kvframe import Decision, EstimateRest, LayerLayout, SketchRerank, StepInput
 from kvframe.bench.forced import ForcedSelector, ScheduledTrigger, force
 from kvframe.bench.forced_reference import PLACES, forced_scores_reference
 from kvframe.errors import ConfigError
-from kvframe.testing.cases import make_layout
+from kvframe.runtime import RetrievalLayer
+from kvframe.testing.altered import altered
+from kvframe.testing.cases import make_layout, make_text
+from kvframe_kernels.select_units import ROWS_RECALLED, ROWS_SELECTED, SELECTIONS
 
 HEADS = (2, 3)
 
@@ -196,3 +199,33 @@ def test_rates_out_of_range(rates: dict[str, float]) -> None:
     """A share lies between 0 and 1."""
     with pytest.raises(ConfigError, match="must lie between 0 and 1"):
         force(kvframe.policy("louiskv"), **rates, num_steps=8)
+
+
+def test_a_trigger_that_reviews() -> None:
+    """It looks at what is missed in every step, and the schedule decides: so many selections, of which so much is
+    missing."""
+    num_steps, reviews = 40, []
+
+    def watch(original: Any, *args: Any) -> Tensor:
+        reviews.append(original(*args))
+        return reviews[-1]
+
+    policy = kvframe.policy(
+        "louiskv-plus", token_budget=32, oversample=4, cluster_size=4, sink_size=2, window_size=8, dense_layers=()
+    )
+    watched = policy.swap(trigger=altered(policy.trigger, review=watch))
+    layout = make_layout(batch_size=1, num_kv_heads=2, head_dim=16)
+    text = make_text(layout, 1000 + num_steps, seed=1)
+    layer = RetrievalLayer(
+        layout, force(watched, fire_rate=0.5, miss=0.25, num_steps=num_steps), 1000 + num_steps, "offload"
+    )
+    layer.prompt(*text.span(0, 1000), [1000], 1000)
+    for step in range(1000, 1000 + num_steps):
+        layer.decode(*text.span(step, step + 1))
+    tallies = layer.stats.tallies
+
+    assert len(reviews) == num_steps
+    # The first step is due on top of the schedule, unless that has it.
+    assert set(tallies[SELECTIONS].flatten().tolist()) <= {num_steps // 2, num_steps // 2 + 1}
+    missing = tallies[ROWS_RECALLED].sum() / tallies[ROWS_SELECTED].sum()
+    assert 0.1 < float(missing) < 0.45

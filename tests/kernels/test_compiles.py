@@ -89,7 +89,7 @@ def test_compiles(compiled: set[str], dtype: torch.dtype) -> None:
                 case.calls[0]()
 
     assert compiled >= {
-        "_append_token_kernel", "_attend_kernel", "_exchange_resident_kernel", "_gather_kv_kernel", "_products_kernel",
-        "_reduce_kernel", "_select_units_kernel", "_sketch_products_kernel", "_unattended_tokens_kernel",
-        "_window_mean_kernel", "_window_sketch_kernel",
+        "_append_token_kernel", "_attend_kernel", "_exchange_resident_kernel", "_gather_kv_kernel", "_kept_lse_kernel",
+        "_missed_share_kernel", "_products_kernel", "_reduce_kernel", "_select_units_kernel", "_sketch_products_kernel",
+        "_unattended_tokens_kernel", "_window_mean_kernel", "_window_sketch_kernel",
     }  # fmt: skip

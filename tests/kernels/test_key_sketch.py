@@ -122,7 +122,9 @@ def test_sketch_scores(
     if due is not None:
         rows, count = rows.masked_fill(~due[..., None], 1 << 40), count.masked_fill(~due, 1 << 20)
     query = torch.randn(2, num_kv_heads * group_size, width, generator=generator, dtype=torch.float64)
-    centres = Centres(means, offsets, torch.full(shape, num_units)) if centred else None
+    unit_ids = torch.searchsorted(offsets[0, 0, :num_units].contiguous(), rows, right=True) - 1
+    places = torch.arange(num_places) < (count if due is None else count.masked_fill(~due, 0))[..., None]
+    centres = Centres(means, torch.where(places, unit_ids, 1 << 30)) if centred else None
     scores = sketch_scores(query, rows, count, sketch, bits, 0.7, channels=channels, centres=centres, due=due)
     approximate = decode_sketch(sketch, bits, width, channels)
 

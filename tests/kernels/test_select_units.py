@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvframe_kernels.select_units import resident_difference, select_runs, select_units
+from kvframe_kernels.select_units import resident_difference, select_candidates, select_runs, select_units
 
 Head = tuple[list[float], list[int]]
 
@@ -110,12 +110,13 @@ def test_difference_definition(state: tuple[int, list[tuple[list[int], list[int]
         assert (after[0, head].tolist(), incoming[0, head].tolist()) == exchange(*part)
 
 
-def test_in_order():
-    """The same rows, ascending, with none behind them."""
+def test_candidates():
+    """The same rows, ascending, with none behind them; and their units."""
     scores, offsets = pack([([0.1, 0.9, 0.4], [3, 2, 2]), ([], [])], 5, 1)
-    rows, count = select_units(scores, offsets, 5, in_order=True)
+    rows, count, unit_ids = select_candidates(scores, offsets, 5)
 
     assert rows.tolist() == [[[5, 8, 9, 10, 11], [-1] * 5]] and count.tolist() == [[5, 0]]
+    assert unit_ids[0, 0].tolist() == [0, 1, 1, 2, 2] and unit_ids.dtype == torch.int32
 
 
 @given(

@@ -89,7 +89,7 @@ def recount(layer: RetrievalLayer, case: Case, tape: Tape) -> Iterator[Counter[s
         make_call(layer, text, case, call)
         if call.is_prompt:
             continue
-        due = next(made.due for made in tape.decisions if isinstance(made, Decision))
+        due = [made.due for made in tape.decisions if isinstance(made, Decision)][-1]  # on review, if there is one
         counts = [made[1] for made in tape.decisions if isinstance(made, tuple)]  # one selection, or none
         found = Counter(steps=1, fired=int(due.sum()), selected=sum(int(count[due].sum()) for count in counts))
         for batch in range(case.batch_size):

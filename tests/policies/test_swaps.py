@@ -129,6 +129,8 @@ def test_swap_changes_one_slot(slot: Slot, stage: Stage):
     policy = kvframe.policy("louiskv", cluster_size=4)
     if isinstance(stage, kvframe.Selector) and stage.needs_means:
         policy = policy.swap(scorer=kvframe.MeanKey(keep_values=True))
+    if isinstance(stage, kvframe.Trigger) and stage.reviews:
+        policy = policy.swap(scorer=kvframe.MeanKey(keep_values=True), selector=kvframe.SketchRerank())
     swapped = policy.swap(**{slot: stage})
 
     assert swapped.stage(slot) is stage

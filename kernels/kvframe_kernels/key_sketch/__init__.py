@@ -34,6 +34,7 @@ def sketch_scores(
     *,
     channels: Tensor | None = None,
     centres: Centres | None = None,
+    kept_lse: Tensor | None = None,
     due: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -48,11 +49,11 @@ def sketch_scores(
             reason = reason or "the kernel serves mean keys whose numbers lie side by side"
     if choose("sketch_scores", query, backend, reason, kernels=("triton",)) == "reference":
         return sketch_scores_reference(
-            query, rows, count, sketch, bits, sm_scale, channels=channels, centres=centres, due=due
+            query, rows, count, sketch, bits, sm_scale, channels=channels, centres=centres, kept_lse=kept_lse, due=due
         )
     from kvframe_kernels.key_sketch.triton_kernel import sketch_scores_triton
 
-    return sketch_scores_triton(query, rows, count, sketch, bits, sm_scale, channels, centres, due)
+    return sketch_scores_triton(query, rows, count, sketch, bits, sm_scale, channels, centres, kept_lse, due)
 
 
 def window_sketch(

@@ -34,10 +34,8 @@ class Centres(NamedTuple):
 
     mean_keys: Tensor
     """[B, H, U, D]"""
-    unit_offsets: Tensor
-    """int32 or int64 [B, H, >= U + 1]: unit u is the rows [unit_offsets[u], unit_offsets[u + 1])."""
-    num_units: Tensor
-    """int64 [B, H]: units behind it do not exist."""
+    unit_ids: Tensor
+    """int32 or int64 [B, H, C]: the unit of each candidate."""
 
 
 def encode_sketch(keys: Tensor, bits: int, centres: Tensor | None = None, channels: Tensor | None = None) -> Sketch:
@@ -79,6 +77,7 @@ def sketch_scores_reference(
     *,
     channels: Tensor | None = None,
     centres: Centres | None = None,
+    kept_lse: Tensor | None = None,
     due: Tensor | None = None,
 ) -> Tensor:
     """Of every candidate, its share of the attention to all candidates, by the sketches of their keys: softmax over the
@@ -87,6 +86,7 @@ def sketch_scores_reference(
     query: [B, Hq, D]; rows: int64 [B, H, C], the first count[b, h] of which are candidates, count int64 [B, H].
     sketch: of all rows, codes uint8 [B, H, R, ...] and step [B, H, R, 1]; channels: [B, H, D], as it was made with.
     With `centres`, a key is the mean key of its row's unit and its sketch; without, the sketch alone.
+    kept_lse: [B, Hq], the log-sum-exp of what is attended to besides; shares are then of the attention to both.
     due: bool [B, H], where false nobody reads the result and rows and count may be anything; None is true.
     Returns [B, H, C] in at least float32, -inf where there is no candidate.
     """
@@ -100,21 +100,16 @@ def sketch_scores_reference(
     products = torch.matmul(grouped, keys.transpose(2, 3))
     if centres is not None:
         of_centres = torch.matmul(grouped, centres.mean_keys.to(keys.dtype).transpose(2, 3))  # [B, H, G, U]
-        unit = _unit_of(place, centres)[:, :, None].expand_as(products)
+        unit = torch.where(exists, centres.unit_ids, 0).long()[:, :, None].expand_as(products)
         products = products + of_centres.gather(-1, unit)
     products = products.masked_fill(~exists[:, :, None], -math.inf)
+    if kept_lse is None:
+        shares = products.softmax(-1)
+    else:
+        besides = kept_lse.to(products.dtype).view(*products.shape[:3], 1)
+        shares = torch.cat([products, besides], -1).softmax(-1)[..., :-1]
     # A head without any candidate would be 0/0.
-    return products.softmax(-1).nan_to_num(0.0).mean(2).masked_fill(~exists, -math.inf)
-
-
-def _unit_of(rows: Tensor, centres: Centres) -> Tensor:
-    """int64 [B, H, C], the unit that a row belongs to."""
-    max_units = centres.mean_keys.shape[2]
-    offsets = centres.unit_offsets[..., : max_units + 1].long()
-    absent = torch.arange(max_units + 1, device=rows.device) > centres.num_units[..., None]
-    # Beyond the last unit every row is smaller than the bound, so that the bounds ascend throughout.
-    bounds = offsets.masked_fill(absent, torch.iinfo(torch.int64).max)
-    return (torch.searchsorted(bounds, rows.contiguous(), right=True) - 1).clamp(0, max_units - 1)
+    return shares.nan_to_num(0.0).mean(2).masked_fill(~exists, -math.inf)
 
 
 def window_sketch_reference(

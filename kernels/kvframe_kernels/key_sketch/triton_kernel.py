@@ -10,20 +10,21 @@ from torch import Tensor
 from kvframe_kernels.key_sketch.reference import Centres, Sketch
 from kvframe_kernels.unit_scores.triton_kernel import reduce_products
 
-# Candidates a tile: few, so that many programs wait for the scattered rows of few candidates each.
-_TILE = 64
+# Candidates a tile, and warps: few of these, each of which then reads many bytes at once.
+_TILE = 128
+_WARPS = 2
 # Rows of a leaving unit looked at together.
 _ROWS = 16
 
 
-@triton.jit(do_not_specialize=["capacity", "num_tiles", "num_kv_heads", "max_units", "num_steps"])
+@triton.jit(do_not_specialize=["capacity", "num_tiles", "num_kv_heads"])
 def _sketch_products_kernel(
-    query, rows, count, codes, step, channels, mean_keys, unit_offsets, num_units, due, products, tops, sums, sm_scale,
+    query, rows, count, codes, step, channels, mean_keys, unit_ids, due, products, tops, sums, sm_scale,
     query_batch, query_head, codes_batch, codes_head, codes_row, step_batch, step_head, step_row,
-    mean_batch, mean_head, mean_unit, offsets_head,
-    capacity, num_tiles, num_kv_heads, max_units, num_steps,
+    mean_batch, mean_head, mean_unit,
+    capacity, num_tiles, num_kv_heads,
     GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BITS: tl.constexpr,
-    TILE: tl.constexpr, USE_DOT: tl.constexpr,
+    TILE: tl.constexpr, USE_DOT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     # Grid: KV heads of all sequences, tiles of candidates.
     kv_head = tl.program_id(0).to(tl.int64)
@@ -45,25 +46,24 @@ def _sketch_products_kernel(
     columns = tl.arange(0, WIDTH_PAD)
     inside = exists[:, None] & (columns < WIDTH)[None, :]
     place = batch * codes_batch + head * codes_head + row * codes_row
-    # Neighbouring columns read the same byte: it comes once.
-    packed = tl.load(codes + place[:, None] + (columns // PER_BYTE)[None, :], mask=inside, other=0).to(tl.int32)
-    levels = (packed >> (columns % PER_BYTE * BITS)[None, :]) & MOST
-    # Multiples of a half up to 127.5: float16 and bfloat16 hold them exactly.
-    levels = (levels.to(tl.float32) - MOST / 2).to(query.dtype.element_ty)
+    if SPLIT:
+        # Bytes side by side, so that a thread reads many at once; their first numbers meet the queries' columns 0,
+        # PER_BYTE, 2 PER_BYTE ..., and so on.
+        bytes = tl.arange(0, WIDTH_PAD // PER_BYTE)
+        has_byte = exists[:, None] & (bytes < WIDTH // PER_BYTE)[None, :]
+        packed = tl.load(codes + place[:, None] + bytes[None, :], mask=has_byte, other=0).to(tl.int32)
+    else:
+        packed = tl.load(codes + place[:, None] + (columns // PER_BYTE)[None, :], mask=inside, other=0).to(tl.int32)
+        levels = (packed >> (columns % PER_BYTE * BITS)[None, :]) & MOST
+        # Multiples of a half up to 127.5: float16 and bfloat16 hold them exactly.
+        levels = (levels.to(tl.float32) - MOST / 2).to(query.dtype.element_ty)
     steps = tl.load(step + batch * step_batch + head * step_head + row * step_row, mask=exists, other=0.0)
     steps = steps.to(tl.float32)
     if channels is not None:
         sizes = tl.load(channels + kv_head * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     if mean_keys is not None:
-        # The unit of each row: the last that begins at or before it.
-        low = tl.zeros([TILE], tl.int32)
-        high = tl.zeros([TILE], tl.int32) + tl.minimum(tl.load(num_units + kv_head), max_units).to(tl.int32)
-        for _ in range(num_steps):
-            middle = (low + high) // 2
-            bound = tl.load(unit_offsets + kv_head * offsets_head + middle, mask=exists, other=0)
-            low = tl.where(bound <= row, middle, low)
-            high = tl.where(bound <= row, high, middle)
-        place = batch * mean_batch + head * mean_head + low.to(tl.int64) * mean_unit
+        unit = tl.load(unit_ids + kv_head * capacity + places, mask=exists, other=0).to(tl.int64)
+        place = batch * mean_batch + head * mean_head + unit * mean_unit
         means = tl.load(mean_keys + place[:, None] + columns[None, :], mask=inside, other=0.0)
 
     if USE_DOT:
@@ -72,11 +72,24 @@ def _sketch_products_kernel(
             is_member = members < GROUP_SIZE
             place = batch * query_batch + (head * GROUP_SIZE + members)[:, None] * query_head + columns[None, :]
             q = tl.load(query + place, mask=is_member[:, None] & (columns < WIDTH)[None, :], other=0.0)
-            scaled = q
-            if channels is not None:
-                # What keys were divided by, their queries are multiplied with.
-                scaled = (q.to(tl.float32) * sizes[None, :]).to(q.dtype)
-            scores = tl.dot(scaled, tl.trans(levels)) * steps[None, :]
+            if SPLIT:
+                scores = tl.zeros([HEADS, TILE], tl.float32)
+                for part in tl.static_range(PER_BYTE):
+                    own = bytes * PER_BYTE + part
+                    of_part = batch * query_batch + (head * GROUP_SIZE + members)[:, None] * query_head + own[None, :]
+                    scaled = tl.load(query + of_part, mask=is_member[:, None] & (own < WIDTH)[None, :], other=0.0)
+                    if channels is not None:
+                        # What keys were divided by, their queries are multiplied with.
+                        size = tl.load(channels + kv_head * WIDTH + own, mask=own < WIDTH, other=0.0).to(tl.float32)
+                        scaled = (scaled.to(tl.float32) * size[None, :]).to(scaled.dtype)
+                    levels = ((packed >> (part * BITS)) & MOST).to(tl.float32) - MOST / 2
+                    scores += tl.dot(scaled, tl.trans(levels.to(query.dtype.element_ty)))
+            else:
+                scaled = q
+                if channels is not None:
+                    scaled = (q.to(tl.float32) * sizes[None, :]).to(q.dtype)
+                scores = tl.dot(scaled, tl.trans(levels))
+            scores *= steps[None, :]
             if mean_keys is not None:
                 scores += tl.dot(q, tl.trans(means))
             scores = scores * sm_scale
@@ -115,6 +128,7 @@ def sketch_scores_triton(
     sm_scale: float,
     channels: Tensor | None,
     centres: Centres | None,
+    kept_lse: Tensor | None,
     due: Tensor | None,
 ) -> Tensor:
     """Arguments and result as in `sketch_scores_reference`; where not due, the result is not written."""
@@ -125,12 +139,11 @@ def sketch_scores_triton(
         query = query.contiguous()
     count, due = count.contiguous(), _contiguous(due)
     codes, step = sketch
-    means = offsets = num_units = None
-    max_units, offsets_head = 0, 0
+    means = unit_ids = None
     mean_strides: tuple[int, ...] = (0, 0, 0)
     if centres is not None:
-        means, offsets, num_units = centres.mean_keys, centres.unit_offsets.contiguous(), centres.num_units.contiguous()
-        max_units, mean_strides, offsets_head = means.shape[2], means.stride()[:3], offsets.shape[-1]
+        means, unit_ids = centres.mean_keys, centres.unit_ids.contiguous()
+        mean_strides = means.stride()[:3]
     width_pad = triton.next_power_of_2(width)
     use_dot = query.dtype != torch.float32
     # Without tensor cores keys are in registers, 32 KiB of a program.
@@ -139,15 +152,18 @@ def sketch_scores_triton(
     products = query.new_empty(num_heads * group_size, capacity, dtype=torch.float32)
     tops, sums = query.new_empty(2, num_heads * group_size, num_tiles, dtype=torch.float32).unbind()
     _sketch_products_kernel[(num_heads, num_tiles)](
-        query, rows.contiguous(), count, codes, step, _contiguous(channels), means, offsets, num_units, due, products,
+        query, rows.contiguous(), count, codes, step, _contiguous(channels), means, unit_ids, due, products,
         tops, sums, float(sm_scale),
-        query.stride(0), query.stride(1), *codes.stride()[:3], *step.stride()[:3], *mean_strides, offsets_head,
-        capacity, num_tiles, num_kv_heads, max_units, max_units.bit_length(),
+        query.stride(0), query.stride(1), *codes.stride()[:3], *step.stride()[:3], *mean_strides,
+        capacity, num_tiles, num_kv_heads,
         GROUP_SIZE=group_size, HEADS=16, WIDTH=width, WIDTH_PAD=width_pad, BITS=bits, TILE=tile, USE_DOT=use_dot,
-        num_warps=4, num_stages=1,
+        # A product of matrices is over 16 columns at least.
+        SPLIT=use_dot and width_pad * bits // 8 >= 16, num_warps=_WARPS, num_stages=1,
     )  # fmt: skip
     out = query.new_empty(rows.shape, dtype=torch.float32)
-    return reduce_products(products, count, due, tops, sums, out, tile=tile, mean=True)
+    if kept_lse is not None:
+        kept_lse = kept_lse.float().contiguous()
+    return reduce_products(products, count, due, tops, sums, out, tile=tile, mean=True, besides=kept_lse)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

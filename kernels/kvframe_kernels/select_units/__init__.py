@@ -10,6 +10,7 @@ from kvframe_kernels.select_units.reference import (
     ROWS_SELECTED,
     SELECTIONS,
     exchange_resident_reference,
+    select_candidates_reference,
     select_runs_reference,
     select_units_reference,
 )
@@ -23,6 +24,8 @@ __all__ = [
     "exchange_resident",
     "exchange_resident_reference",
     "resident_difference",
+    "select_candidates",
+    "select_candidates_reference",
     "select_runs",
     "select_runs_reference",
     "select_units",
@@ -35,20 +38,39 @@ def select_units(
     unit_offsets: Tensor,
     token_budget: int,
     *,
-    in_order: bool = False,
     due: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`select_units_reference`, by the chosen backend.
 
-    due: bool [B, H]; where false the result may be anything. The kernels give the rows in ascending order in any case.
+    due: bool [B, H]; where false the result may be anything. The kernels give the rows in ascending order.
     """
     reason = float_reason(scores) or _size_reason(scores.shape[-1])
     if choose("select_units", scores, backend, reason, kernels=("triton",)) == "reference":
-        return select_units_reference(scores, unit_offsets, token_budget, in_order=in_order)
+        return select_units_reference(scores, unit_offsets, token_budget)
     from kvframe_kernels.select_units.triton_kernel import select_units_triton
 
     return select_units_triton(scores, unit_offsets, token_budget, due)
+
+
+def select_candidates(
+    scores: Tensor,
+    unit_offsets: Tensor,
+    token_budget: int,
+    *,
+    due: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_candidates_reference`, by the chosen backend.
+
+    due: bool [B, H]; where false the result may be anything.
+    """
+    reason = float_reason(scores) or _size_reason(scores.shape[-1])
+    if choose("select_candidates", scores, backend, reason, kernels=("triton",)) == "reference":
+        return select_candidates_reference(scores, unit_offsets, token_budget)
+    from kvframe_kernels.select_units.triton_kernel import select_candidates_triton
+
+    return select_candidates_triton(scores, unit_offsets, token_budget, due)
 
 
 def select_runs(

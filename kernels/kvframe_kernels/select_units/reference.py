@@ -1,4 +1,5 @@
-"""Plain torch definitions of `select_units`, `select_runs`, `resident_difference` and `exchange_resident`."""
+"""Plain torch definitions of `select_units`, `select_candidates`, `select_runs`, `resident_difference` and
+`exchange_resident`."""
 
 import math
 
@@ -14,20 +15,37 @@ ROWS_RECALLED = 2  # rows of them that were not resident
 NUM_TALLIES = 3
 
 
-def select_units_reference(
-    scores: Tensor, unit_offsets: Tensor, token_budget: int, *, in_order: bool = False
-) -> tuple[Tensor, Tensor]:
+def select_units_reference(scores: Tensor, unit_offsets: Tensor, token_budget: int) -> tuple[Tensor, Tensor]:
     """Units in score order until the budget is filled, the last one cut so that it is filled exactly.
 
     scores: [B, H, U], -inf where there is no unit; ties go to the lower unit.
     unit_offsets: int32 or int64 [B, H, >= U + 1]; unit u is the rows [unit_offsets[u], unit_offsets[u + 1]).
-    in_order: give the rows in ascending order instead of that of the scores.
     Returns (rows, count): rows int64 [B, H, token_budget], -1 behind the count; count int64 [B, H].
     """
+    rows, count, _ = _in_score_order(scores, unit_offsets, token_budget)
+    return rows, count
+
+
+def select_candidates_reference(
+    scores: Tensor, unit_offsets: Tensor, token_budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `select_units_reference` selects, in ascending order, and whose tokens they are.
+
+    Returns (rows, count, unit_ids): rows and count as there; int32 [B, H, token_budget], the unit of each row, anything
+    behind the count.
+    """
+    rows, count, unit_ids = _in_score_order(scores, unit_offsets, token_budget)
+    ascending, order = rows.masked_fill(rows < 0, torch.iinfo(torch.int64).max).sort(-1)
+    behind = torch.arange(token_budget, device=rows.device) >= count[..., None]
+    return ascending.masked_fill(behind, -1), count, unit_ids.gather(-1, order).int()
+
+
+def _in_score_order(scores: Tensor, unit_offsets: Tensor, token_budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and count of a selection, and the unit of each row, int64 [B, H, token_budget]."""
     num_units = scores.shape[-1]
     if num_units == 0:
         rows = torch.full((*scores.shape[:2], token_budget), -1, dtype=torch.int64, device=scores.device)
-        return rows, rows.new_zeros(scores.shape[:2])
+        return rows, rows.new_zeros(scores.shape[:2]), torch.zeros_like(rows)
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     starts = unit_offsets[..., :num_units].gather(-1, order).long()
     sizes = unit_offsets[..., 1 : num_units + 1].gather(-1, order) - starts
@@ -37,10 +55,7 @@ def select_units_reference(
     places = torch.arange(token_budget, device=scores.device).expand(*scores.shape[:2], token_budget).contiguous()
     rank = torch.searchsorted(ends, places, right=True).clamp(max=num_units - 1)
     rows = starts.gather(-1, rank) + places - (ends - sizes).gather(-1, rank)
-    behind = places >= count[..., None]
-    if in_order:
-        rows = rows.masked_fill(behind, torch.iinfo(torch.int64).max).sort(-1).values
-    return rows.masked_fill(behind, -1), count
+    return rows.masked_fill(places >= count[..., None], -1), count, order.gather(-1, rank)
 
 
 def select_runs_reference(

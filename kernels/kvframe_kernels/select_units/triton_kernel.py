@@ -1,4 +1,4 @@
-"""`select_units`, `select_runs` and `exchange_resident` as Triton kernels: a program a KV head of a sequence."""
+"""`select_units`, `select_candidates`, `select_runs` and `exchange_resident` as Triton kernels: a program a KV head."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -12,7 +12,9 @@ from kvframe_kernels.select_units.reference import ROWS_RECALLED, ROWS_SELECTED,
 
 # Scores of so many units stay in a program's registers, and of half as many behind them; those of more are read again
 # in every step of the search.
-_MAX_TILE = 8192
+_MAX_TILE = 16384
+# Rows of a selection that are written together.
+_FILL = 2048
 # Slots looked at together.
 _SLOT_TILE = 1024
 
@@ -61,7 +63,7 @@ def _later(one, other):
 
 @triton.jit
 def _select_units_kernel(
-    scores, unit_offsets, candidates, num_candidates, due, rows, count, firsts, starts_of,
+    scores, unit_offsets, candidates, num_candidates, due, rows, count, firsts, starts_of, units_of, unit_ids,
     num_units, num_offsets, scores_head, budget,
     HAS_DUE: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr, NUM_TILES: tl.constexpr, PART: tl.constexpr,
     FILL: tl.constexpr, RUN: tl.constexpr,
@@ -77,6 +79,9 @@ def _select_units_kernel(
         rows += head * budget
         firsts += head * budget
         starts_of += head * budget
+        if unit_ids is not None:
+            units_of += head * budget
+            unit_ids += head * budget
         num_rows = 0
         if RUN > 0:
             candidates += head * scores_head
@@ -163,6 +168,8 @@ def _select_units_kernel(
             # Only the first row of each unit, and where it stands.
             tl.store(starts_of + place, starts, mask=taken > 0)
             tl.store(firsts + place, place, mask=taken > 0)
+            if unit_ids is not None:
+                tl.store(units_of + place, units, mask=taken > 0)
             tied_before += tl.sum(tied, 0)
             taken_before += tl.sum(taken, 0)
         tl.store(count + head, taken_before.to(tl.int64))
@@ -178,6 +185,9 @@ def _select_units_kernel(
             if RUN > 0:
                 row = tl.load(candidates + row, mask=places < taken_before, other=0)
             tl.store(rows + places, tl.where(places < taken_before, row, -1), mask=places < budget)
+            if unit_ids is not None:
+                unit = tl.load(units_of + origin, mask=places < taken_before, other=0)
+                tl.store(unit_ids + places, unit, mask=places < budget)
 
 
 def select_units_triton(
@@ -185,6 +195,14 @@ def select_units_triton(
 ) -> tuple[Tensor, Tensor]:
     """Arguments and result as in `select_units_reference`, the rows in the units' order."""
     return _select(scores, unit_offsets, None, None, token_budget, 0, due)
+
+
+def select_candidates_triton(
+    scores: Tensor, unit_offsets: Tensor, token_budget: int, due: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and result as in `select_candidates_reference`."""
+    unit_ids = torch.empty(*scores.shape[:2], token_budget, dtype=torch.int32, device=scores.device)
+    return *_select(scores, unit_offsets, None, None, token_budget, 0, due, unit_ids), unit_ids
 
 
 def select_runs_triton(
@@ -202,8 +220,9 @@ def _select(
     token_budget: int,
     run_length: int,
     due: Tensor | None,
+    unit_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Units of a table of offsets, or, without one, runs of so many candidates."""
+    """Units of a table of offsets, or, without one, runs of so many candidates; fills `unit_ids` where it is given."""
     scores = scores.contiguous()
     batch_size, num_kv_heads, num_scores = scores.shape
     num_units = triton.cdiv(num_scores, run_length) if run_length else num_scores
@@ -211,6 +230,8 @@ def _select(
     count = torch.empty(batch_size, num_kv_heads, dtype=torch.int64, device=scores.device)
     firsts, starts_of = torch.empty(2, *rows.shape, dtype=torch.int32, device=scores.device).unbind()
     tile = min(_MAX_TILE, triton.next_power_of_2(num_units))
+    if tile // 2 < num_units <= tile // 2 + tile // 4:
+        tile //= 2
     num_tiles, rest = triton.cdiv(num_units, tile), 0
     if tile < num_units <= tile + tile // 2:
         num_tiles, rest = 1, triton.next_power_of_2(num_units - tile)
@@ -220,11 +241,11 @@ def _select(
         rows if candidates is None else candidates,
         count if num_candidates is None else num_candidates,
         count if due is None else due.contiguous(),
-        rows, count, firsts, starts_of,
+        rows, count, firsts, starts_of, None if unit_ids is None else torch.empty_like(firsts), unit_ids,
         num_units, 0 if unit_offsets is None else unit_offsets.shape[-1], num_scores, token_budget,
         HAS_DUE=due is not None, TILE=tile, REST=rest, NUM_TILES=num_tiles,
         PART=min(tile, 4096),
-        FILL=min(1024, triton.next_power_of_2(token_budget)),
+        FILL=min(_FILL, triton.next_power_of_2(token_budget)),
         RUN=run_length,
         num_warps=min(32, max(4, tile // 1024)),
     )  # fmt: skip

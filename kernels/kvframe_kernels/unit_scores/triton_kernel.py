@@ -109,7 +109,7 @@ def _products_kernel(
 
 @triton.jit(do_not_specialize=["max_units", "num_tiles"])
 def _reduce_kernel(
-    products, num_units, due, tops, sums, out,
+    products, num_units, due, tops, sums, besides, out,
     max_units, num_tiles,
     GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
     MEAN: tl.constexpr,
@@ -141,6 +141,9 @@ def _reduce_kernel(
         # Every program of a head merges the sums of all its tiles, which are few beside its own products.
         top = tl.full([HEADS], float("-inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
+        if besides is not None:
+            top = tl.load(besides + rows, mask=is_member, other=float("-inf"))
+            total = tl.where(top > float("-inf"), 1.0, 0.0)
         for first in range(0, live_tiles, PARTS):
             tiles = first + tl.arange(0, PARTS)
             exists = is_member[:, None] & (tiles < live_tiles)[None, :]
@@ -224,12 +227,14 @@ def reduce_products(
     *,
     tile: int,
     mean: bool,
+    besides: Tensor | None = None,
 ) -> Tensor:
     """Products of query heads, normalised over the entries of each, then reduced over every group.
 
     products: float32 [B * Hq, N]; count: int64 [B, H], entries behind it do not exist; due: bool [B, H] or None.
     tops, sums: float32 [B * Hq, ceil(N / tile)], of every `tile` entries that are not all behind the count the largest
     product, and the sum of exp(product - largest).
+    besides: float32 [B, Hq] or None, the log-sum-exp of further entries over which query heads are normalised.
     out: float32 [B, H, N], which is filled and returned: the mean over a group, or else its largest; -inf behind the
     count. Where not due it is not written. All is contiguous.
     """
@@ -240,7 +245,7 @@ def reduce_products(
     heads = min(16, max(2, triton.next_power_of_2(group_size)))
     units = 4096 // max(4, heads)
     _reduce_kernel[(num_heads, triton.cdiv(num_entries, units))](
-        products, count, due, tops, sums, out,
+        products, count, due, tops, sums, besides, out,
         num_entries, num_tiles,
         GROUP_SIZE=group_size, HEADS=heads, UNITS=units, PARTS=min(units, triton.next_power_of_2(num_tiles)),
         TILE=tile, MEAN=mean,

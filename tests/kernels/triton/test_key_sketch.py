@@ -24,9 +24,14 @@ from kvframe_kernels.key_sketch import (
 DTYPES = [torch.float16, torch.float32] + ([] if is_interpreted() else [torch.bfloat16])
 
 
+def behind_is_wild(unit_ids: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Units that there are none of, behind the last candidate."""
+    return unit_ids.masked_fill(torch.arange(unit_ids.shape[-1]) >= count[..., None], 1 << 30)
+
+
 def check_scores(
     device: torch.device, seed: int, dtype: torch.dtype, heads: tuple[int, int], group_size: int, num_candidates: int,
-    num_units: int, width: int, bits: int, centred: bool, skipped: bool, channelled: bool,
+    num_units: int, width: int, bits: int, centred: bool, skipped: bool, channelled: bool, kept: bool,
 ) -> None:  # fmt: skip
     """The kernels' result is the reference's in float64; NaN in units, codes of rows and numbers that nobody may
     read."""
@@ -55,9 +60,13 @@ def check_scores(
     count[0, 0] = most[0, 0]
     due = torch.rand(heads, generator=generator) < 0.6 if skipped else None
     clean = Sketch(sketch.codes, sketch.step.double())
-    centres = Centres(means.double(), offsets, counted) if centred else None
+    bounds = offsets[..., :num_units].masked_fill(torch.arange(num_units) >= counted[..., None], 1 << 30)
+    unit_ids = torch.searchsorted(bounds.contiguous(), rows.int(), right=True) - 1
+    centres = Centres(means.double(), unit_ids) if centred else None
+    # As much as the candidates have together, more or less.
+    lse = torch.randn(query.shape[:2], generator=generator) + math.log(num_candidates) if kept else None
     expected = sketch_scores_reference(
-        query.double(), rows, count, clean, bits, 0.3, channels=channels, centres=centres, due=due
+        query.double(), rows, count, clean, bits, 0.3, channels=channels, centres=centres, kept_lse=lse, due=due
     )
 
     means = means.masked_fill((torch.arange(num_units) >= counted[..., None])[..., None], math.nan)
@@ -73,7 +82,8 @@ def check_scores(
             bits,
             0.3,
             channels=None if channels is None else guard.copy(channels),
-            centres=Centres(buffer[:, :, 1:-1], guard.copy(offsets), guard.copy(counted)) if centred else None,
+            centres=Centres(buffer[:, :, 1:-1], guard.copy(behind_is_wild(unit_ids, count))) if centred else None,
+            kept_lse=None if lse is None else guard.copy(lse),
             due=None if due is None else guard.copy(due),
             backend="triton",
         )
@@ -91,16 +101,17 @@ def check_scores(
     seed=st.integers(0, 2**16), dtype=st.sampled_from(DTYPES), heads=st.sampled_from([(1, 1), (2, 2)]),
     group_size=st.integers(1, 5), num_candidates=st.sampled_from([1, 3, 63, 65, 100]),
     num_units=st.sampled_from([1, 7, 33]), width=st.sampled_from([16, 48, 80]), bits=st.sampled_from([2, 4, 8]),
-    centred=st.booleans(), skipped=st.booleans(), channelled=st.booleans(),
+    centred=st.booleans(), skipped=st.booleans(), channelled=st.booleans(), kept=st.booleans(),
 )  # fmt: skip
-@example(1, torch.float16, (1, 2), 19, 70, 20, 32, 4, True, False, True)
+@example(1, torch.float16, (1, 2), 19, 70, 20, 32, 4, True, False, True, True)
 def test_scores_equal_reference(
     device: torch.device, seed: int, dtype: torch.dtype, heads: tuple[int, int], group_size: int, num_candidates: int,
-    num_units: int, width: int, bits: int, centred: bool, skipped: bool, channelled: bool,
+    num_units: int, width: int, bits: int, centred: bool, skipped: bool, channelled: bool, kept: bool,
 ) -> None:  # fmt: skip
     """At awkward sizes; buffers keep their surroundings."""
     check_scores(
-        device, seed, dtype, heads, group_size, num_candidates, num_units, width, bits, centred, skipped, channelled
+        device, seed, dtype, heads, group_size, num_candidates, num_units, width, bits, centred, skipped, channelled,
+        kept,
     )  # fmt: skip
 
 
@@ -120,7 +131,7 @@ def test_scores_at_scale(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """At the sizes of real layers."""
-    check_scores(device, bits, dtype, *shape, bits, centred, skipped=True, channelled=centred)
+    check_scores(device, bits, dtype, *shape, bits, centred, skipped=True, channelled=centred, kept=centred)
 
 
 def check_window(
@@ -201,7 +212,7 @@ def test_not_served(device: torch.device) -> None:
     keys = torch.randn(1, 1, 5, 16, device=device)
     sketch = encode_sketch(keys, 4)
     rows, count = torch.zeros(1, 1, 2, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.int64)
-    centres = Centres(keys.half(), count, count)
+    centres = Centres(keys.half(), rows)
     with pytest.raises(KernelError, match="not torch.float64"):
         sketch_scores(keys[:, :, 0].double(), rows, count, sketch, 4, 1.0, backend="triton")
     with pytest.raises(KernelError, match="one dtype"):

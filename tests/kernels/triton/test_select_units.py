@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvframe_kernels.append_token import NUM_COUNTS, Slots
-from kvframe_kernels.select_units import NUM_TALLIES, exchange_resident, select_runs, select_units
+from kvframe_kernels.select_units import NUM_TALLIES, exchange_resident, select_candidates, select_runs, select_units
 from kvframe_kernels.select_units import triton_kernel as kernels
 
 
@@ -41,6 +41,7 @@ def test_select_equals_reference(
         patch.setattr(kernels, "_MAX_TILE", tile)
         scores, offsets = guard.copy(scores), guard.copy(offsets)
         rows, count = select_units(scores, offsets, budget, due=due, backend="triton")
+        candidates = select_candidates(scores, offsets, budget, due=due, backend="triton")
 
     assert rows.shape == expected.shape and count.shape == expected_count.shape
     for head in due.nonzero().tolist():
@@ -48,6 +49,10 @@ def test_select_equals_reference(
         assert torch.equal(count[*head], expected_count[*head])
         assert torch.equal(mine.sort().values, theirs.sort().values)
         assert (mine[: int(count[*head])] >= 0).all()
+    wanted = select_candidates(scores, offsets, budget, backend="reference")
+    there = due[..., None] & (torch.arange(budget, device=device) < expected_count[..., None])
+    assert torch.equal(candidates[0][due], wanted[0][due]) and torch.equal(candidates[1][due], wanted[1][due])
+    assert torch.equal(candidates[2][there], wanted[2][there])
 
 
 def test_select_at_full_size(device: torch.device) -> None:
