@@ -1,4 +1,4 @@
-"""Who takes part in a decode benchmark: `louiskv`, `louiskv@1+compile`, `window`, `quest`, `dynamic-cache`."""
+"""Who takes part in a decode benchmark: `louiskv`, `louiskv@1+compile`, `louiskv-plus:bits=2`, `dynamic-cache`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from attrs import frozen
 from kvframe.bench.forced import force
 from kvframe.composition import Policy
 from kvframe.errors import ConfigError
-from kvframe.options import option_names
+from kvframe.options import option_names, parse_options
 from kvframe.stages import EveryStep
 
 STOCK = ("dynamic-cache", "offloaded-cache")
@@ -20,6 +20,8 @@ class Contender:
     label: str
     """As it was written."""
     name: str
+    options: tuple[str, ...] = ()
+    """Of the policy, written as `:OPTION=VALUE` behind the name."""
     fire_rate: float | None = None
     """Its own, written as `@RATE`; None for that of the benchmark."""
     compile: bool = False
@@ -41,14 +43,18 @@ def parse_contenders(text: str, *, compile: bool) -> list[Contender]:
         if not label:
             continue
         body, _, suffix = label.partition("+")
-        name, _, rate = body.partition("@")
+        head, _, rate = body.partition("@")
+        name, *options = head.split(":")
         if suffix not in ("", "compile"):
-            raise ConfigError(f"--policies: {label!r} ends in +{suffix}; expected NAME, NAME@RATE or NAME+compile")
+            raise ConfigError(
+                f"--policies: {label!r} ends in +{suffix}; expected NAME, NAME:OPTION=VALUE, NAME@RATE or NAME+compile"
+            )
         if label in found:
             raise ConfigError(f"--policies names {label!r} twice")
         found[label] = Contender(
             label=label,
             name=name,
+            options=tuple(options),
             fire_rate=_rate(label, rate) if rate else None,
             compile=name not in STOCK and (compile or suffix == "compile"),
         )
@@ -86,9 +92,9 @@ def make_policy(
     miss, page_miss: share of a selection that is not resident, for policies that select now and then and at every step.
     steps: length of the schedule.
 
-    Raises UnknownNameError for a name that no plugin brings.
+    Raises UnknownNameError for a name that no plugin brings, ConfigError for an option that the policy does not take.
     """
-    policy = policy_by_name(contender.name, sizes)
+    policy = policy_by_name(contender.name, sizes, contender.options)
     if policy.dense_layers == "all":
         return policy
     if policy.selector.capacity == 0:
@@ -99,10 +105,10 @@ def make_policy(
     return force(policy, fire_rate=rate, miss=miss, num_steps=steps)
 
 
-def policy_by_name(name: str, sizes: Sizes) -> Policy:
-    """A registered policy in these sizes.
+def policy_by_name(name: str, sizes: Sizes, options: tuple[str, ...] = ()) -> Policy:
+    """A registered policy in these sizes, and with options written as OPTION=VALUE.
 
-    Raises UnknownNameError for a name that no plugin brings.
+    Raises UnknownNameError for a name that no plugin brings, ConfigError for an option that the policy does not take.
     """
     from kvframe.registry import default_registry
 
@@ -114,4 +120,5 @@ def policy_by_name(name: str, sizes: Sizes) -> Policy:
         "dense_layers": sizes.dense_layers,
     }
     known = option_names(record.config_cls)
-    return record.make(**{option: value for option, value in wanted.items() if option in known})
+    own = {option: value for option, value in wanted.items() if option in known}
+    return record.make(**own | parse_options(record.config_cls, options))

@@ -33,7 +33,7 @@ DENSE_LAYERS = Annotated[str, typer.Option(help="Layers that every policy keeps 
 @bench.command()
 def decode(
     policies: Annotated[
-        str, typer.Option(help="NAME, NAME@FIRE_RATE or NAME+compile, separated by commas.")
+        str, typer.Option(help="NAME, NAME:OPTION=VALUE, NAME@FIRE_RATE or NAME+compile, separated by commas.")
     ] = "louiskv,louiskv@0,louiskv@1,louiskv-plus,window,quest,dynamic-cache,offloaded-cache",
     model_shape: SHAPE = "llama-3.1-8b",
     context: Annotated[int, typer.Option(min=2, help="Prompt tokens of every sequence.")] = 131072,
