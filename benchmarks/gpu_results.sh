@@ -14,7 +14,10 @@ if wanted decode; then
 fi
 if wanted plus; then
     bench 480 decode --context 131072 --prefill-chunk 0 --json "$out/decode-plus-128k.json" --policies \
-        louiskv,louiskv-plus,louiskv@0,louiskv-plus@0,louiskv@1,louiskv-plus@1,louiskv+compile,louiskv-plus+compile
+        "louiskv,louiskv-plus,louiskv-plus:missed_share=none,louiskv-plus:missed_share=none:bits=none,\
+louiskv-plus:missed_share=none:estimate=false,louiskv-plus:estimate=false,louiskv-plus:missed_share=none:run_length=4,\
+louiskv-plus:oversample=4,louiskv-plus@0,louiskv@1,louiskv-plus@1,louiskv+compile,louiskv-plus+compile,\
+louiskv-plus:missed_share=none+compile"
 fi
 if wanted batch; then
     bench 110 decode --context 32768 --batch-size 8 --policies louiskv,dynamic-cache --json "$out/decode-8x32k.json"
