@@ -7,7 +7,6 @@ tokens where nothing is. The environment's variables are those of long_context.p
 takes others, a policy's options behind its name.
 """
 
-import ast
 import os
 from collections.abc import Iterator
 
@@ -15,6 +14,8 @@ from long_context import COMMON, SIZES, budgets
 
 import kvframe
 import kvframe.eval
+from kvframe.options import parse_options
+from kvframe.registry import default_registry
 
 DROPS = ("snapkv",)
 """Selects once, after the prompt, and drops the rest."""
@@ -30,7 +31,7 @@ def policies(entry: str) -> Iterator[kvframe.Policy]:
             policy = kvframe.policy("window", dense_layers=(0, 1), sink_size=32, window_size=size)
             yield policy.swap(name=f"window of {size}")
         return
-    own = {key: ast.literal_eval(value) for key, _, value in (option.partition("=") for option in options)}
+    own = parse_options(default_registry().policy_spec(name).config_cls, options)
     policy = kvframe.policy(name, **SIZES, **own).swap(name=entry)
     yield policy if name in DROPS else policy.swap(trigger=kvframe.EveryStep())
 

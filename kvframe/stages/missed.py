@@ -2,11 +2,10 @@
 
 from typing import Any, ClassVar
 
-import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from kvframe.stages.trigger import EveryStep, Trigger
+from kvframe.stages.trigger import EveryStep, Trigger, everywhere
 from kvframe.types import Decision, LayerLayout, PromptInputs, StepInputs
 from kvframe.validators import part, share
 
@@ -48,9 +47,9 @@ class MissedShare(Trigger):
         return self.events.reads_prompt
 
     def init(self, layout: LayerLayout) -> MissedState:
-        heads = (layout.batch_size, layout.num_kv_heads)
-        due = torch.ones(heads, dtype=torch.bool, device=layout.device)
-        return MissedState(events=self.events.init(layout), due=due, first=due.clone())
+        return MissedState(
+            events=self.events.init(layout), due=everywhere(True, layout), first=everywhere(True, layout)
+        )
 
     def observe_prompt(self, prompt: PromptInputs, state: MissedState) -> None:
         self.events.observe_prompt(prompt, state.events)

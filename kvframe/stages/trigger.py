@@ -55,7 +55,8 @@ class Trigger(Stage):
         raise NotImplementedError(f"{type(self).__name__} says that it reviews, and defines no review")
 
 
-def _everywhere(value: bool, layout: LayerLayout) -> Tensor:
+def everywhere(value: bool, layout: LayerLayout) -> Tensor:
+    """bool [B, H], the same for every head."""
     return torch.full((layout.batch_size, layout.num_kv_heads), value, dtype=torch.bool, device=layout.device)
 
 
@@ -67,7 +68,7 @@ class EveryStep(Trigger):
     capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout) -> Decision:
-        return Decision(due=_everywhere(True, layout))
+        return Decision(due=everywhere(True, layout))
 
     def begin(self, query: Tensor, state: Decision) -> None:
         pass
@@ -84,7 +85,7 @@ class Never(Trigger):
     capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout) -> Decision:
-        return Decision(due=_everywhere(False, layout))
+        return Decision(due=everywhere(False, layout))
 
     def begin(self, query: Tensor, state: Decision) -> None:
         pass
@@ -108,7 +109,7 @@ class FixedStride(Trigger):
     """Steps from one selection to the next."""
 
     def init(self, layout: LayerLayout) -> _Counter:
-        return _Counter(steps=_everywhere(False, layout).long())
+        return _Counter(steps=everywhere(False, layout).long())
 
     def begin(self, query: Tensor, state: _Counter) -> None:
         state.steps.zero_()
@@ -127,7 +128,7 @@ class Once(Trigger):
     capturable: ClassVar[bool] = True
 
     def init(self, layout: LayerLayout) -> _Counter:
-        return _Counter(steps=_everywhere(False, layout).long())
+        return _Counter(steps=everywhere(False, layout).long())
 
     def begin(self, query: Tensor, state: _Counter) -> None:
         state.steps.zero_()

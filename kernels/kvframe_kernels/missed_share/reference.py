@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kvframe_kernels.append_token.reference import Slots
+from kvframe_kernels.select_units.reference import mark_rows
 
 
 def kept_lse_reference(query: Tensor, slots: Slots, sm_scale: float) -> Tensor:
@@ -28,8 +29,7 @@ def missed_share_reference(resident_rows: Tensor, rows: Tensor, count: Tensor, s
     resident_rows: int64 [B, H, C], -1 for an empty slot; rows: int64 [B, H, n] within [0, num_rows), shares [B, H, n],
     of which the first count[b, h] are candidates, count int64 [B, H].
     """
-    is_resident = torch.zeros(*rows.shape[:2], num_rows + 1, dtype=torch.bool, device=rows.device)
-    is_resident.scatter_(-1, torch.where(resident_rows >= 0, resident_rows, num_rows), True)
+    is_resident = mark_rows(resident_rows, num_rows)
     exists = torch.arange(rows.shape[-1], device=rows.device) < count[..., None]
     missing = exists & ~is_resident.gather(-1, torch.where(exists, rows, num_rows))
     return shares.masked_fill(~missing, 0).amax(-1).clamp(min=0)

@@ -99,8 +99,8 @@ def resident_difference_reference(
     loaded into it, -1 where the slot stays as it is.
     """
     # Column num_rows collects the -1 entries, so that no row is marked by an empty slot.
-    wanted = _mark(rows, num_rows)
-    present = _mark(resident_rows, num_rows)
+    wanted = mark_rows(rows, num_rows)
+    present = mark_rows(resident_rows, num_rows)
     keep = (resident_rows >= 0) & wanted.gather(-1, _column(resident_rows, num_rows))
     missing = (rows >= 0) & ~present.gather(-1, _column(rows, num_rows))
     capacity = rows.shape[-1]
@@ -140,7 +140,8 @@ def _column(rows: Tensor, num_rows: int) -> Tensor:
     return torch.where(rows >= 0, rows, num_rows)
 
 
-def _mark(rows: Tensor, num_rows: int) -> Tensor:
+def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """bool [B, H, num_rows + 1]: the rows that are named, int64 [B, H, C] with -1 for none; the last is never."""
     marks = torch.zeros(*rows.shape[:2], num_rows + 1, dtype=torch.bool, device=rows.device)
     marks.scatter_(-1, _column(rows, num_rows), True)
     marks[..., num_rows] = False
